@@ -1,0 +1,122 @@
+"""The command line: finds the command, imports only what it needs, prints errors, chooses the exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+    from types import ModuleType
+
+__all__ = ["COMMANDS", "main", "parsers"]
+
+# In the order of the help: look, run, manage, mend.
+COMMANDS = {
+    "topology": "show the host's pCPUs and who holds them",
+    "plan": "show which pCPUs each VM would get; change nothing",
+    "run": "run a command on pCPUs of its own",
+    "launch": "boot the service VM and launch the user VMs of a scenario file",
+    "ps": "list the VMs and who holds which pCPU",
+    "show": "show one VM: where its vCPUs are and what the kernel says of them",
+    "pause": "stop every process of a VM until it is resumed",
+    "resume": "let a paused VM run again",
+    "stop": "end a VM and free its pCPUs",
+    "audit": "check from outside that every VM is where it should be",
+    "restore": "free what killed hostpart processes left behind",
+    "completion": "print a shell's completion script",
+}
+_EXITS = "Exit status: 0 done, 1 failed, 2 usage or configuration, 3 does not fit, 4 not permitted, 5 did not hold (--strict)."
+
+
+def _module(command: str) -> ModuleType:
+    from importlib import import_module
+
+    return import_module(f"{__name__}.{command}")
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    import argparse
+
+    # Without a width, the formatter imports shutil, with all its compressors, to ask for it.
+    width = _columns() - 2
+
+    class Formatter(argparse.RawDescriptionHelpFormatter):
+        def __init__(self, prog: str) -> None:
+            super().__init__(prog, width=width)
+
+    parser = argparse.ArgumentParser(prog=f"hostpart {command}", allow_abbrev=False, formatter_class=Formatter)
+    _module(command).add(parser)
+    return parser
+
+
+def _columns() -> int:
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns) > 0:
+        return int(columns)
+    try:
+        return os.get_terminal_size(1).columns or 80
+    except OSError:
+        return 80
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """Return every command's parser, by name."""
+    return {command: _parser(command) for command in COMMANDS}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    :param argv: the arguments, by default the process's
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(_help(), file=sys.stdout if args else sys.stderr)
+        return 0 if args else 2
+    if args[0] == "--version":
+        from .. import __version__
+
+        print(f"hostpart {__version__}")
+        return 0
+    command = args[0]
+    if command not in COMMANDS:
+        near = [name for name in COMMANDS if name.startswith(command[:2])]
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        print(f"hostpart: there is no command {command!r}{hint}\ntry: hostpart --help", file=sys.stderr)
+        return 2
+    from ..errors import HostpartError
+
+    try:
+        try:
+            return int(_module(command).run(_parser(command).parse_args(args[1:])))
+        finally:
+            sys.stdout.flush()
+    except HostpartError as error:
+        print(f"hostpart: {error}\ntry: {error.remedy}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # Whoever read stdout has enough; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + 13
+    except KeyboardInterrupt:
+        return 128 + 2
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [
+        "usage: hostpart COMMAND [options]",
+        "",
+        "Give every virtual CPU a physical CPU of its own, keep it there, and prove it.",
+        "",
+        *(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()),
+        "",
+        "Start with:  hostpart launch example:first",
+        "Then:        hostpart run -- COMMAND      hostpart COMMAND --help",
+        "",
+        _EXITS,
+    ]
+    return "\n".join(lines)

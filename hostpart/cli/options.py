@@ -1,0 +1,79 @@
+"""Options that several commands share, and what they are turned into."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..allocator import POLICIES, SMT_MODES
+from ..cpuset import CpuSet
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..allocator import Request
+
+__all__ = ["add_request", "count", "cpu_list", "explicit_list", "request_of", "seconds"]
+
+
+def count(text: str) -> int:
+    """Read a number of vCPUs."""
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 8192):
+        raise argparse.ArgumentTypeError(f"want a whole number from 1 to 8192, got {text!r}")
+    return int(text)
+
+
+def cpu_list(text: str) -> CpuSet:
+    """Read a set of pCPUs in the kernel's list form."""
+    try:
+        return CpuSet.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def explicit_list(text: str) -> tuple[int, ...]:
+    """Read a list of pCPUs whose order counts: vCPU i on the i-th (``5,3`` or ``2-4``)."""
+    pcpus: list[int] = []
+    for part in text.split(","):
+        if not part.strip():
+            raise argparse.ArgumentTypeError(f"{text!r} has an empty part")
+        pcpus += cpu_list(part)
+    if len(set(pcpus)) != len(pcpus):
+        raise argparse.ArgumentTypeError(f"{text!r} names a pCPU twice")
+    return tuple(pcpus)
+
+
+def seconds(text: str) -> float:
+    """Read a time in seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9:
+        raise argparse.ArgumentTypeError(f"want a number of seconds from 0, got {text!r}")
+    return value
+
+
+def add_request(parser: argparse.ArgumentParser) -> None:
+    """Add ``-n``, ``--pcpus``, ``--policy``, ``--smt`` and ``--reserve``."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("-n", "--vcpus", type=count, metavar="N", help="how many vCPUs (default: 1)")
+    which.add_argument(
+        "--pcpus", type=explicit_list, metavar="LIST", help="these pCPUs, vCPU i on the i-th, such as 3,5 or 2-4"
+    )
+    parser.add_argument("--policy", choices=POLICIES, default="packed", help="how pCPUs are chosen (default: packed)")
+    parser.add_argument(
+        "--smt",
+        choices=SMT_MODES,
+        default="exclusive",
+        help="exclusive: no other VM on the cores used; whole: whole cores only; shared: any thread (default: exclusive)",
+    )
+    parser.add_argument(
+        "--reserve", type=cpu_list, default=CpuSet(), metavar="LIST", help="pCPUs never given out, such as 0-1"
+    )
+
+
+def request_of(args: argparse.Namespace) -> Request:
+    """Return the request that the options of :func:`add_request` make."""
+    from ..allocator import Request
+
+    pcpus = args.pcpus or ()
+    return Request(len(pcpus) or args.vcpus or 1, pcpus, args.policy, args.smt)

@@ -1,0 +1,204 @@
+"""``hostpart run``: one user VM on the host as it is, for one command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from ..config import Guest, ServiceVm, VmConfig, check_name, parse_sched
+from ..device_model import Caller
+from ..errors import HostpartError, UsageError
+from ..front import Front, Interrupted, exit_code, say
+from ..host import Host
+from ..isolation import LEVELS, reach
+from ..keeper import Options
+from ..topology import read_topology
+from . import options
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ..front import Running
+
+__all__ = ["add", "refuse_nested", "run", "warn_of_throttling"]
+
+_FAILED = 125  # hostpart itself failed, as with env(1) and timeout(1)
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.usage = "hostpart run [options] [--] COMMAND [ARG ...]"
+    parser.description = (
+        "Run COMMAND on pCPUs of its own: one process per vCPU, each pinned to one pCPU that no other VM has.\n"
+        "The command sees HOSTPART_VM, HOSTPART_VCPU, HOSTPART_VCPUS and HOSTPART_PCPU. vCPU 0 has your standard input."
+    )
+    parser.epilog = (
+        "examples:\n"
+        "  hostpart run -- make test                  one pCPU\n"
+        "  hostpart run -n 2 --smp -- ./threads       one process over two pCPUs\n"
+        "  hostpart run --pcpus 3,5 -- ./worker       two processes, on pCPUs 3 and 5\n"
+        "  hostpart run --wait=60 -n 4 -- ./job       queue for up to a minute\n\n"
+        "Exit status: the command's own (the first that is not 0), 128+N after signal N, 127 not found,\n"
+        "126 not executable, 125 hostpart itself failed (why: on stderr, and in the evidence), 5 with --strict if it did not hold."
+    )
+    options.add_request(parser)
+    parser.add_argument("--smp", action="store_true", help="one process over all the pCPUs, not one per vCPU")
+    parser.add_argument("--name", help="the VM's name (default: run-PID)")
+    parser.add_argument("--isolation", choices=LEVELS, default="affinity", help="how far to keep others off (default: affinity)")
+    parser.add_argument("--scope", metavar="SCOPE", help="whose tasks may be moved: host, user, tree:PID, cgroup:PATH")
+    parser.add_argument("--require", action="store_true", help="fail rather than run at a lower level of isolation")
+    parser.add_argument("--strict", action="store_true", help="exit 5 if the partition did not hold")
+    parser.add_argument(
+        "--wait", nargs="?", type=options.seconds, const=float("inf"), metavar="SECONDS",
+        help="queue for pCPUs in order of arrival; write --wait=SECONDS, for ever without a number",
+    )  # fmt: skip
+    parser.add_argument("--on-drift", choices=("warn", "repin", "kill"), default="warn", help="what to do if the guest leaves its pCPU")
+    parser.add_argument("--user", help="run the command as this user (root only)")
+    parser.add_argument("--group", help="run the command as this group (root only)")
+    parser.add_argument("--sched", default="other", metavar="POLICY[:PRIO]", help="other, batch, idle, fifo:1-99 or rr:1-99")
+    parser.add_argument("--nice", type=int, metavar="N", help="-20 to 19")
+    parser.add_argument("--mlock", action="store_true", help="lock the guest's memory in RAM")
+    parser.add_argument("--evidence", metavar="FILE", help="write what the kernel said of the run to FILE (JSON)")
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="say what happens; twice: in detail")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    document: dict[str, Any] = {}
+    try:
+        code = _run(args, document)
+    except Interrupted as interrupt:
+        return 128 + interrupt.number
+    except HostpartError as error:
+        document["error"] = {"exit_code": error.exit_code, "problem": str(error), "remedy": error.remedy}
+        say(f"{error}\ntry: {error.remedy}")
+        code = _FAILED
+    if args.evidence:
+        try:
+            _write(args.evidence, {"schema": 1, **document})
+        except OSError as error:
+            say(f"the evidence cannot be written to {args.evidence!r}: {error.strerror}\ntry: another --evidence FILE")
+            return _FAILED
+    return code
+
+
+def _run(args: argparse.Namespace, document: dict[str, Any]) -> int:
+    config = _config(args)
+    refuse_nested()
+    isolation = reach(args.isolation, args.require)
+    if args.evidence:
+        _probe(args.evidence)
+    if args.verbose:
+        from .verbosity import enable
+
+        enable(args.verbose)
+    caller = Caller()
+    front = Front(read_topology(Host()), caller, stop_on_interrupt=False, hear=_hear)
+    warn_of_throttling(config)
+    try:
+        keeper = front.start(config, ServiceVm(reserve=args.reserve), Options(isolation, args.wait))
+        front.wait(lambda: keeper.has("ready"))
+        front.running()
+        if isolation.stopped_by:
+            say(f"isolation is {isolation.reached!r}, not {isolation.asked!r}: {isolation.stopped_by}")
+        front.wait(lambda: keeper.has("ended") or keeper.over)
+    finally:
+        front.end()
+    ended = keeper.said["ended"]
+    document.update(ended["evidence"])
+    for number in sorted(set(ended["exec_errors"].values())):
+        say(f"{args.command[0]!r}: {os.strerror(number)}")
+    verdict = document["verdict"]
+    if args.verbose:
+        from ..evidence import summary
+        from .table import colour_wanted
+
+        print(summary(document, colour=colour_wanted(sys.stderr)), file=sys.stderr)
+    elif verdict == "broken":
+        say(f"the partition did not hold: {'; '.join(document['reasons'])}")
+    if args.strict and verdict != "held":
+        return 5
+    return exit_code(ended["statuses"])
+
+
+def _config(args: argparse.Namespace) -> VmConfig:
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not command:
+        raise UsageError("there is no COMMAND to run", "hostpart run -- COMMAND [ARG ...]")
+    args.command = command
+    try:
+        sched, priority = parse_sched(args.sched)
+        name = check_name(args.name or f"run-{os.getpid()}")
+    except ValueError as error:
+        raise UsageError(str(error), "hostpart run --help") from None
+    if args.nice is not None and not -20 <= args.nice <= 19:
+        raise UsageError(f"--nice takes -20 to 19, got {args.nice}", "hostpart run --help")
+    request = options.request_of(args)
+    return VmConfig(
+        name,
+        Guest("smp" if args.smp else "command", tuple(command)),
+        request.count,
+        request.pcpus,
+        request.policy,
+        request.smt,
+        isolation=args.isolation,
+        require=args.require,
+        on_drift=args.on_drift,
+        user=args.user,
+        group=args.group,
+        sched=sched,
+        priority=priority,
+        nice=args.nice,
+        mlock=args.mlock,
+    )
+
+
+def refuse_nested() -> None:
+    """Refuse to partition inside a partition.
+
+    :raises UsageError: inside a guest of hostpart, whose pCPUs are spoken for
+    """
+    outer = os.environ.get("HOSTPART_VM")
+    if outer is not None:
+        raise UsageError(
+            f"this is inside VM {outer!r}, vCPU {os.environ.get('HOSTPART_VCPU', '?')}, whose pCPUs are its own already",
+            "start the other VM from outside; where HOSTPART_VM was merely inherited, 'env -u HOSTPART_VM hostpart ...'",
+        )
+
+
+def _hear(keeper: Running, message: dict[str, Any]) -> None:
+    if message["event"] == "note":
+        say(message["text"])
+    elif message["event"] == "waiting":
+        ahead = len(message["ahead"])
+        say(f"waiting for pCPUs{f' behind {ahead} other(s)' if ahead else ''}: {message['why']}")
+
+
+def warn_of_throttling(config: VmConfig) -> None:
+    """Say so where a real-time guest could starve the kernel on its pCPU."""
+    if config.sched not in ("fifo", "rr"):
+        return
+    with open("/proc/sys/kernel/sched_rt_runtime_us", encoding="ascii") as file:
+        if int(file.read()) < 0:
+            say(
+                "real-time throttling is off on this host: a guest that spins at "
+                f"{config.sched}:{config.priority} keeps even the kernel's own threads off its pCPU"
+            )
+
+
+def _probe(path: str) -> None:
+    # Before anything runs: evidence that cannot be written would be lost after an hour's work.
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise UsageError(f"the evidence cannot be written to {path!r}", "name a file in a directory that is there and writable")
+
+
+def _write(path: str, document: dict[str, Any]) -> None:
+    import json
+
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(document, file, indent=2)
+        file.write("\n")

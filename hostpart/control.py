@@ -1,0 +1,186 @@
+"""The control socket of one VM: how ``stop``, ``pause``, ``resume``, ``show`` and ``audit`` reach its keeper.
+
+One request per connection: a line of JSON each way. Who asks is told by the kernel (``SO_PEERCRED``): the VM's owner
+and root are heard, nobody else.
+"""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import os
+import stat
+import struct
+
+from .errors import Failed, HostpartError, NotPermitted, UnknownVm
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+__all__ = ["Request", "Server", "ask", "names", "socket_path"]
+
+_MAX_REQUEST = 4096
+_SUFFIX = ".sock"
+
+
+def socket_path(directory: str, name: str) -> str:
+    """Return where the control socket of the VM *name* is."""
+    return f"{directory}/{name}{_SUFFIX}"
+
+
+def names(directory: str) -> list[str]:
+    """Return the names of the VMs that have a socket in *directory*, sorted."""
+    return sorted(entry[: -len(_SUFFIX)] for entry in os.listdir(directory) if entry.endswith(_SUFFIX))
+
+
+class Server:
+    """The keeper's end; it never blocks.
+
+    :param directory: the runtime directory; a path of any length will do
+    :raises OSError: where the socket cannot be made
+    """
+
+    def __init__(self, directory: str, name: str) -> None:
+        self._path = socket_path(directory, name)
+        self._socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC | _socket.SOCK_NONBLOCK)
+        # A VM of this name is in the ledger once, so what is here is a dead keeper's.
+        try:
+            os.unlink(self._path)
+        except FileNotFoundError:
+            pass
+        folder = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._socket.bind(f"/proc/self/fd/{folder}/{name}{_SUFFIX}")  # a unix socket's path has 107 bytes at most
+        finally:
+            os.close(folder)
+        os.chmod(self._path, stat.S_IRUSR | stat.S_IWUSR)
+        self._inode = os.stat(self._path).st_ino
+        self._socket.listen(16)
+
+    def fileno(self) -> int:
+        """Return the descriptor, for poll(2)."""
+        return self._socket.fileno()
+
+    def requests(self) -> list[Request]:
+        """Accept what has come; whoever may not ask has been refused already."""
+        found: list[Request] = []
+        while True:
+            try:
+                fd, _ = self._socket._accept()
+            except BlockingIOError:
+                return found
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ECONNABORTED):
+                    return found
+                raise
+            request = _read(_socket.socket(fileno=fd))
+            if request is not None:
+                found.append(request)
+
+    def close(self) -> None:
+        """Close the socket and remove it, if it is still this one."""
+        self._socket.close()
+        try:
+            if os.stat(self._path).st_ino == self._inode:
+                os.unlink(self._path)
+        except FileNotFoundError:
+            pass
+
+
+class Request:
+    """One request that waits for its answer.
+
+    :ivar what: ``show``, ``pause``, ``resume`` or ``stop``
+    """
+
+    def __init__(self, connection: _socket.socket, message: dict[str, Any]) -> None:
+        self._connection, self._message = connection, message
+        self.what = str(message.get("do"))
+
+    def number(self, key: str, default: float) -> float:
+        """Return a number of the request, or *default* where it has none."""
+        value = self._message.get(key, default)
+        return float(value) if isinstance(value, (int, float)) and 0 <= value < 1e9 else default
+
+    def reply(self, answer: dict[str, Any]) -> None:
+        """Answer, and close; whoever asked may be gone."""
+        import json
+
+        try:
+            # Bounded: a client that does not read must not hold the keeper.
+            self._connection.settimeout(2.0)
+            self._connection.sendall(json.dumps({"schema": 1, **answer}).encode() + b"\n")
+        except OSError:
+            pass
+        finally:
+            self._connection.close()
+
+    def refuse(self, error: HostpartError) -> None:
+        """Answer with an error."""
+        self.reply({"error": {"exit_code": error.exit_code, "problem": str(error), "remedy": error.remedy}})
+
+
+def _read(connection: _socket.socket) -> Request | None:
+    import json
+
+    _, uid, _ = struct.unpack("3i", connection.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12))
+    request = Request(connection, {})
+    if uid not in (0, os.geteuid()):
+        request.refuse(NotPermitted("this VM is another user's", "ask its owner, or root"))
+        return None
+    connection.settimeout(0.5)
+    try:
+        data = b""
+        while not data.endswith(b"\n") and len(data) < _MAX_REQUEST:
+            part = connection.recv(_MAX_REQUEST)
+            if not part:
+                break
+            data += part
+        message = json.loads(data)
+    except (OSError, ValueError):
+        message = None
+    if not isinstance(message, dict):
+        request.refuse(Failed("that is no request", "use the hostpart command"))
+        return None
+    return Request(connection, message)
+
+
+def ask(directory: str, name: str, message: dict[str, Any], wait_s: float) -> dict[str, Any]:
+    """Ask the keeper of the VM *name* and return its answer.
+
+    :param wait_s: how long to wait for it
+    :raises UnknownVm: where no such VM runs
+    :raises HostpartError: what the keeper answered, or that it does not
+    """
+    import json
+
+    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+    folder = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        sock.settimeout(wait_s)
+        sock.connect(f"/proc/self/fd/{folder}/{name}{_SUFFIX}")
+        sock.sendall(json.dumps(message).encode() + b"\n")
+        data = b""
+        while part := sock.recv(1 << 16):
+            data += part
+        answer = json.loads(data)
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise UnknownVm(name, names(directory)) from None
+    except PermissionError:
+        raise NotPermitted(f"VM {name!r} is another user's", "ask its owner, or root") from None
+    except TimeoutError:
+        raise Failed(
+            f"the keeper of VM {name!r} did not answer within {wait_s:g} s",
+            f"see whether it is stopped: 'hostpart show {name}'; 'kill -CONT' lets it go on",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise Failed(f"the keeper of VM {name!r} broke off ({error})", "run 'hostpart ps' to see whether it is still there") from None
+    finally:
+        sock.close()
+        os.close(folder)
+    if "error" in answer:
+        error = answer["error"]
+        refusal = NotPermitted if error["exit_code"] == 4 else Failed
+        raise refusal(error["problem"], error["remedy"])
+    return dict(answer)

@@ -1,0 +1,441 @@
+"""The device model: launches one user VM, vCPU by vCPU, and answers for it until it is destroyed.
+
+It runs in the VM's keeper (:mod:`hostpart.keeper`, which owns the process side: signals, sockets, time). Every vCPU
+goes one way: :meth:`DeviceModel.vm_create_vcpu`, ``ioctl``, hypercall, allocator's pCPU, forked worker.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+
+from workers import vcpu as worker
+from workers.guest import Command, Python
+
+from . import hypercall as hc
+from . import lease, procfs, tree
+from .allocator import POLICIES, SMT_MODES
+from .cpuset import CpuSet
+from .errors import Failed, HostpartError, NotPermitted, UsageError
+from .hypervisor import KINDS
+from .vhm import Vhm
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import NoReturn
+
+    from workers.log import WorkerLog
+
+    from .cgroup import Leaf
+    from .config import ServiceVm, VmConfig
+    from .hypervisor import Hypervisor, Vcpu, Vm
+
+__all__ = ["Caller", "DeviceModel", "refused"]
+
+_SCHEDULERS = {
+    "other": os.SCHED_OTHER,
+    "batch": os.SCHED_BATCH,
+    "idle": os.SCHED_IDLE,
+    "fifo": os.SCHED_FIFO,
+    "rr": os.SCHED_RR,
+}
+
+
+class Caller:
+    """What the guests inherit from whoever called hostpart, noted by the front before it changes anything.
+
+    :ivar pgrp: the job's process group, None where there is no job (detached)
+    :ivar mask: blocked signals
+    :ivar ignored: ignored signals, without those that Python ignores of itself
+    :ivar stdin_fd: descriptor for vCPU 0's standard input, None to leave it; the other vCPUs read /dev/null
+    :ivar stdout_fd: descriptor for the guests' standard output, None to leave it; so for *stderr_fd*
+    """
+
+    def __init__(self) -> None:
+        self.pgrp: int | None = os.getpgrp()
+        self.mask = frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        own = (signal.SIGPIPE, signal.SIGXFSZ)
+        self.ignored = frozenset(
+            number for number in signal.valid_signals() if number not in own and signal.getsignal(number) == signal.SIG_IGN
+        )
+        self.stdin_fd: int | None = None
+        self.stdout_fd: int | None = None
+        self.stderr_fd: int | None = None
+        self.environ: Mapping[str, str] = dict(os.environ)
+
+
+class DeviceModel:
+    """One VM, from its configuration to its destruction.
+
+    :param config: the VM as it was asked for
+    :param service: what the service VM keeps
+    :param hypervisor: made with this object's :meth:`boot` as its ``boot``
+    :param caller: what the guests inherit
+    :param close_fds: descriptors of the keeper that no worker may hold open
+    :ivar pids: worker's pid to the vCPUs it carries (one, or all for an ``smp`` guest)
+    :ivar statuses: wait status of each vCPU that has ended
+    """
+
+    def __init__(self, config: VmConfig, service: ServiceVm, caller: Caller, close_fds: Sequence[int]) -> None:
+        self.config, self.service, self.caller = config, service, caller
+        self.hypervisor: Hypervisor
+        self.vhm: Vhm
+        self.token = os.urandom(16).hex()
+        self.pids: dict[int, list[Vcpu]] = {}
+        self.statuses: dict[int, int] = {}
+        self.leaf: Leaf | None = None
+        self.logs: list[WorkerLog] = []
+        self.frozen: tree.Frozen | None = None
+        self.exec_errors: dict[int, int] = {}
+        self._close_fds = list(close_fds)
+        self._ids = _ids(config)
+        self._null = -1
+        self._status_r, self._status_w = os.pipe2(os.O_CLOEXEC)
+        self._start_r, self._start_w = os.pipe2(os.O_CLOEXEC)
+        self._said = b""
+
+    @property
+    def vm(self) -> Vm:
+        """The hypervisor's object for this VM."""
+        assert self.vhm.vmid is not None  # noqa: S101 - callers have created it
+        return self.hypervisor.vms[self.vhm.vmid]
+
+    @property
+    def pcpus(self) -> CpuSet:
+        """All pCPUs that the VM's vCPUs are bound to."""
+        return CpuSet.of(self.vm.placement.pcpus)
+
+    def attach(self, hypervisor: Hypervisor) -> None:
+        """Open the VHM device of *hypervisor*."""
+        self.hypervisor = hypervisor
+        self.vhm = Vhm(hypervisor)
+
+    def close_also(self, fd: int) -> None:
+        """Name another descriptor of the keeper that no worker may hold open."""
+        self._close_fds.append(fd)
+
+    def wish(self) -> hc.CreateVm:
+        """Return the request that ``IC_CREATE_VM`` carries."""
+        config, keep = self.config, tuple(self.service.keep_cpus)
+        return hc.CreateVm(
+            config.vcpus,
+            bytes.fromhex(self.token),
+            POLICIES.index(config.policy),
+            SMT_MODES.index(config.smt),
+            KINDS.index(config.kind),
+            config.pcpus,
+            tuple(self.service.reserve),
+            keep,
+            self.service.keep,
+        )
+
+    def vm_create(self) -> None:
+        """Create the VM: all its pCPUs leased, or none.
+
+        :raises HostpartError: why not
+        """
+        result = self.vhm.ioctl(hc.IC_CREATE_VM, self.wish().pack())
+        if result < 0:
+            raise self.explain(result, "IC_CREATE_VM")
+
+    def vm_create_vcpu(self, vcpu_id: int) -> int:
+        """Create one vCPU and return the pCPU (Linux's number) it was bound to.
+
+        :raises HostpartError: why not
+        """
+        buffer = hc.CreateVcpu(vcpu_id).pack()
+        result = self.vhm.ioctl(hc.IC_CREATE_VCPU, buffer)
+        if result < 0:
+            raise self.explain(result, "IC_CREATE_VCPU")
+        return hc.CreateVcpu.unpack(buffer).pcpu_id
+
+    def vm_call(self, request: int, name: str) -> None:
+        """Make one of the ioctls that take no buffer.
+
+        :raises HostpartError: why not
+        """
+        result = self.vhm.ioctl(request)
+        if result < 0:
+            raise self.explain(result, name)
+
+    def explain(self, result: int, call: str) -> HostpartError:
+        """Return the sentence for a negated errno."""
+        return self.hypervisor.refusal or Failed(
+            f"{call} for VM {self.config.name!r} failed: {os.strerror(-result)} ({errno.errorcode.get(-result, -result)})",
+            "run 'hostpart show " + self.config.name + "' to see its state",
+        )
+
+    # -- workers -------------------------------------------------------------------------------------
+
+    def boot(self, vm: Vm, vcpu: Vcpu) -> int:
+        """Start the worker of one vCPU and return its pid; called by the hypervisor's ``create_vcpu``.
+
+        An ``smp`` guest is one process over all pCPUs: its first vCPU's worker carries the others.
+        """
+        smp = self.config.guest.kind == "smp"
+        if smp and self.pids:
+            (pid, carried), *_ = self.pids.items()
+            carried.append(vcpu)
+            return pid
+        pcpus = frozenset(vm.placement.pcpus if smp else (vcpu.pcpu,))
+        log, others = self._new_log(vcpu), list(self.logs)
+        order = worker.Order(
+            self.config.name,
+            vcpu.vcpu_id,
+            pcpus,
+            self._guest(),
+            environ=self._environ(vm, vcpu, smp),
+            status_fd=self._status_w,
+            start_fd=self._start_r,
+            lease_fds=[vm.leases[pcpu] for pcpu in sorted(pcpus)],
+            close_fds=[*self._close_fds, self._start_w, self._status_r],
+            pgrp=self.caller.pgrp,
+            stdin_fd=self._stdin(vcpu.vcpu_id),
+            stdout_fd=self.caller.stdout_fd,
+            stderr_fd=self.caller.stderr_fd,
+            mask=self.caller.mask,
+            ignored=self.caller.ignored,
+            leaf_procs=self.leaf.procs_path if self.leaf else "",
+            cwd=self.config.guest.cwd,
+            ids=self._ids,
+            scheduler=self._scheduler(),
+            nice=self.config.nice,
+            mlock=self.config.mlock,
+            log=(lambda: log.send(others)) if log else None,
+        )
+        pid = worker.fork(order)
+        if log:
+            log.forked()
+            self.logs.append(log)
+        self.pids[pid] = [vcpu]
+        return pid
+
+    def _guest(self) -> Callable[[worker.Order], NoReturn]:
+        guest = self.config.guest
+        return Python(guest.target) if guest.kind == "python" else Command(guest.argv)
+
+    def _new_log(self, vcpu: Vcpu) -> WorkerLog | None:
+        import sys
+
+        logging = sys.modules.get("logging")
+        if logging is None or not logging.getLogger().handlers:
+            return None  # no level is enabled
+        from workers.log import WorkerLog
+
+        return WorkerLog(f"{self.config.name}/vcpu{vcpu.vcpu_id} pCPU {vcpu.pcpu}")
+
+    def _environ(self, vm: Vm, vcpu: Vcpu, smp: bool) -> dict[str, str]:
+        pcpus = vm.placement.pcpus
+        environ = {**self.caller.environ, **dict(self.config.guest.env)}
+        if self._ids and self.config.user is not None:
+            environ |= _home(self._ids[0])
+        environ |= {
+            "HOSTPART_VM": self.config.name,
+            "HOSTPART_VCPU": str(vcpu.vcpu_id),
+            "HOSTPART_VCPUS": str(vm.vcpu_num),
+            "HOSTPART_PCPU": str(CpuSet.of(pcpus)) if smp else str(vcpu.pcpu),
+            "HOSTPART_RUN": self.token,
+        }
+        if smp:
+            environ["OMP_PLACES"] = ",".join(f"{{{pcpu}}}" for pcpu in pcpus)
+            environ["OMP_PROC_BIND"] = "true"
+            environ["GOMP_CPU_AFFINITY"] = " ".join(map(str, pcpus))
+        return environ
+
+    def _stdin(self, vcpu_id: int) -> int | None:
+        if vcpu_id == 0:
+            return self.caller.stdin_fd
+        if self._null < 0:
+            self._null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        return self._null
+
+    def _scheduler(self) -> tuple[int, int] | None:
+        if self.config.sched == "other" and not self.config.priority:
+            return None
+        return _SCHEDULERS[self.config.sched], self.config.priority
+
+    def all_forked(self) -> None:
+        """Say that no worker will be forked any more; log receivers may start."""
+        os.close(self._status_w)
+        self._status_w = -1
+        for log in self.logs:
+            log.receive()
+
+    @property
+    def status_fd(self) -> int:
+        """Where the workers' lines come from."""
+        return self._status_r
+
+    def hear(self) -> list[list[str]]:
+        """Read what workers have said since the last time: lists of words; empty at end of file."""
+        self._said += os.read(self._status_r, 1 << 16)
+        *lines, self._said = self._said.split(b"\n")
+        heard = [line.decode().split() for line in lines]
+        for words in heard:
+            if words[1] == "exec":
+                self.exec_errors[int(words[0])] = int(words[2])
+        return heard
+
+    def refusal_of(self, words: list[str]) -> HostpartError:
+        """Word a worker's ``failed`` line."""
+        vcpu = self.vm.vcpus[int(words[0])]
+        return refused(self.config, vcpu.vcpu_id, vcpu.pcpu, words[2], int(words[3]))
+
+    def vm_start(self) -> None:
+        """Let the guests run: all workers are READY."""
+        self.vm_call(hc.IC_START_VM, "IC_START_VM")
+        os.write(self._start_w, b"S" * len(self.pids))
+        os.close(self._start_w)
+        os.close(self._start_r)
+        self._start_w = -1
+
+    def cancel(self) -> None:
+        """Let workers that wait for START go: end of file tells them."""
+        if self._start_w >= 0:
+            os.close(self._start_w)
+            self._start_w = -1
+
+    # -- life ----------------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> list[int]:
+        """Pids of the workers that have not been reaped."""
+        return [pid for pid, vcpus in self.pids.items() if vcpus[0].vcpu_id not in self.statuses]
+
+    def signal(self, number: int) -> None:
+        """Send a signal to every worker; they are this process's children, so no pid can have been recycled."""
+        for pid in self.alive:
+            try:
+                os.kill(pid, number)
+            except (ProcessLookupError, PermissionError):
+                continue
+
+    def pause(self) -> None:
+        """Stop every process of the guest: none runs an instruction until :meth:`resume`.
+
+        :raises HostpartError: where some process could not be stopped (it then runs on, all of it)
+        """
+        self.vm_call(hc.IC_PAUSE_VM, "IC_PAUSE_VM")
+        if self.leaf is not None and self.leaf.freeze():
+            return
+        if self.leaf is not None:
+            self.leaf.thaw()
+        self.frozen = tree.freeze(os.getpid())
+        if not self.frozen.holds:
+            loose = ", ".join(str(member.pid) for member in self.frozen.loose)
+            self.resume()
+            raise Failed(
+                f"pid {loose} of VM {self.config.name!r} could not be stopped, so the VM runs on",
+                "a set-uid program of the guest can be stopped by root only: 'sudo hostpart pause'",
+            )
+
+    def resume(self) -> None:
+        """Let the guest run again; what was stopped before the pause stays stopped."""
+        self.vm_call(hc.IC_START_VM, "IC_START_VM")
+        if self.frozen is not None:
+            tree.thaw(self.frozen.stopped)
+            self.frozen = None
+        elif self.leaf is not None:
+            self.leaf.thaw()
+
+    def worker_ended(self, pid: int, status: int) -> None:
+        """Say that the worker *pid* was reaped with wait status *status*."""
+        for vcpu in self.pids[pid]:
+            self.statuses[vcpu.vcpu_id] = status
+            self.hypervisor.vcpu_ended(self.vm, vcpu)
+
+    def leases_lost(self) -> list[int]:
+        """Return the pCPUs whose lease somebody let go (``flock -u`` on an inherited descriptor), and take them again."""
+        lost = [pcpu for pcpu, fd in self.vm.leases.items() if not lease.is_locked(fd)]
+        for pcpu in lost:
+            lease.relock(self.vm.leases[pcpu])
+        return lost
+
+    def vm_destroy(self) -> None:
+        """Destroy the VM once all its workers have ended: vCPUs unbound, pCPUs freed, the ledger's rows struck out."""
+        for vcpu in list(self.vm.vcpus.values()):
+            if vcpu.state != "ZOMBIE":
+                self.hypervisor.vcpu_ended(self.vm, vcpu)
+        self.vm_call(hc.IC_DESTROY_VM, "IC_DESTROY_VM")
+
+
+def _ids(config: VmConfig) -> tuple[int, int, list[int]] | None:
+    # Looked up before anything is created, so that a misspelt name changes nothing.
+    if config.user is None and config.group is None:
+        return None
+    import grp
+    import pwd
+
+    uid, gid, groups = os.getuid(), os.getgid(), os.getgroups()
+    try:
+        if config.user is not None:
+            entry = pwd.getpwuid(int(config.user)) if config.user.isdigit() else pwd.getpwnam(config.user)
+            uid, gid = entry.pw_uid, entry.pw_gid
+            groups = os.getgrouplist(entry.pw_name, gid)
+    except KeyError:
+        if not (config.user or "").isdigit():
+            raise UsageError(f"there is no user {config.user!r}", "see 'getent passwd'") from None
+        uid = int(config.user or 0)
+        groups = []
+    try:
+        if config.group is not None:
+            gid = int(config.group) if config.group.isdigit() else grp.getgrnam(config.group).gr_gid
+            if config.user is None:
+                groups = [gid]
+    except KeyError:
+        raise UsageError(f"there is no group {config.group!r}", "see 'getent group'") from None
+    if os.geteuid() != 0 and (uid, gid) != (os.getuid(), os.getgid()):
+        raise NotPermitted(
+            f"becoming user {config.user or uid}, group {config.group or gid} needs root", "run it with sudo, or without --user and --group"
+        )
+    if os.geteuid() != 0:
+        return None  # it is who the caller is already, and setgroups(2) is root's
+    return uid, gid, groups
+
+
+def _home(uid: int) -> dict[str, str]:
+    import pwd
+
+    try:
+        entry = pwd.getpwuid(uid)
+    except KeyError:
+        return {}
+    return {"HOME": entry.pw_dir, "USER": entry.pw_name, "LOGNAME": entry.pw_name, "SHELL": entry.pw_shell or "/bin/sh"}
+
+
+def refused(config: VmConfig, vcpu_id: int, pcpu: int, stage: str, number: int) -> HostpartError:
+    """Word what the kernel refused a worker before START.
+
+    :param stage: one of :data:`workers.vcpu.STAGES`
+    :param number: the errno
+    """
+    why = f"{os.strerror(number)} ({errno.errorcode.get(number, number)})"
+    who = f"vCPU {vcpu_id} of VM {config.name!r}"
+    if stage == "pin":
+        return Failed(
+            f"the kernel refused to pin {who} to pCPU {pcpu}: {why}; a cgroup's cpuset does not have it, or it went offline",
+            "see 'grep Cpus_allowed_list /proc/self/status' and 'hostpart topology' for the pCPUs there are",
+        )
+    if stage == "sched":
+        asked = f"{config.sched}:{config.priority}" if config.priority else config.sched
+        return NotPermitted(
+            f"the kernel refused --sched {asked} for {who}: {why}",
+            "run it with sudo, or allow it with 'ulimit -r 99' (rtprio in /etc/security/limits.conf)",
+        )
+    if stage == "nice":
+        return NotPermitted(
+            f"the kernel refused --nice {config.nice} for {who}: {why}",
+            "a value below the caller's needs root or 'ulimit -e' (nice in /etc/security/limits.conf)",
+        )
+    if stage == "mlock":
+        return NotPermitted(
+            f"the kernel refused to lock the memory of {who}: {why}",
+            "raise the limit with 'ulimit -l unlimited' (memlock in /etc/security/limits.conf), or run it with sudo",
+        )
+    if stage == "user":
+        return NotPermitted(f"{who} cannot become user {config.user}, group {config.group}: {why}", "run it with sudo")
+    if stage == "cwd":
+        return UsageError(f"{who} cannot start in {config.guest.cwd!r}: {why}", "name a directory that its user may enter")
+    return Failed(f"{who} failed at {stage!r}: {why}", "run it again with -v to see how far it came")

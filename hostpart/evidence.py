@@ -1,0 +1,535 @@
+"""What a run can show for itself, read back from the kernel: looks at each vCPU, a verdict, a document.
+
+A *look* is one reading of a vCPU's process. There is one at START, one at the end while the process
+is a zombie that can still be read, and between them *samples*, which go over everything the vCPU has
+forked and every thread of it. What the kernel does not tell is ``None``, never 0; each figure says
+what it covers: the main ``thread``, the ``process``, or the ``tree`` (the process and those of its
+descendants that were waited for, or everything that was in the VM's cgroup).
+
+The rules are plain: ``broken`` if something was seen that must not be, ``tainted`` if it could not be
+ruled out or something foreign was in the way, else ``held``. When to look, what else is known of the
+host (:class:`Circumstances`) and where the document goes is left to the caller;
+``evidence.schema.json`` beside this file describes it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+
+from . import procfs
+from .cpuset import CpuSet
+from .host import Host
+from .value import Value
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from resource import struct_rusage
+    from typing import Any
+
+    from .tree import Member
+
+__all__ = [
+    "Circumstances",
+    "Drift",
+    "Look",
+    "VcpuRecord",
+    "Verdict",
+    "document",
+    "find_drifts",
+    "look",
+    "summary",
+    "verdict",
+]
+
+# A look is late when it comes this many periods, and this many seconds, after the one before.
+_LATE_PERIODS, _LATE_S = 5, 0.5
+
+
+class Look(Value):
+    """One reading of one process; ``None``: the kernel did not tell, or the process was gone.
+
+    :ivar mono_s: ``CLOCK_MONOTONIC`` at the look
+    :ivar allowed: the main thread's mask as stored (Linux CPU numbers)
+    :ivar processor: the CPU the main thread runs on, or ran on last
+    :ivar run_ns: the main thread's time on a CPU since it was forked
+    :ivar wait_ns: the main thread's time runnable but not running, since it was forked
+    :ivar migrations: how often the main thread was moved to another CPU since it was forked
+    :ivar voluntary: the main thread's switches because it waited
+    :ivar involuntary: the main thread's switches because something else was to run
+    :ivar minor_faults: of the process since it was forked, ended threads included
+    :ivar major_faults: likewise
+    :ivar user_s: likewise, as is *system_s*
+    :ivar threads: how many the process has
+    :ivar start: when the process started, in clock ticks since boot; 0 where it was gone
+    :ivar comm: the kernel's name of the main thread
+    """
+
+    mono_s: float
+    allowed: CpuSet | None = None
+    processor: int | None = None
+    run_ns: int | None = None
+    wait_ns: int | None = None
+    migrations: int | None = None
+    voluntary: int | None = None
+    involuntary: int | None = None
+    minor_faults: int | None = None
+    major_faults: int | None = None
+    user_s: float | None = None
+    system_s: float | None = None
+    threads: int | None = None
+    start: int = 0
+    comm: str = "?"
+
+
+class Drift(Value):
+    """A task of a guest that was seen where it must not be.
+
+    :ivar at_s: ``CLOCK_REALTIME`` of the look
+    :ivar start: when the thread started, in clock ticks since boot
+    :ivar pin: the pCPUs (Linux numbers) it was to stay on
+    :ivar what: ``"allowed"``: its mask goes beyond the pin; ``"ran"``: it ran on a CPU outside the pin
+    :ivar cpus: that mask, or that CPU
+    """
+
+    at_s: float
+    pid: int
+    tid: int
+    start: int
+    comm: str
+    pin: CpuSet
+    what: str
+    cpus: CpuSet
+
+    def repin(self) -> bool:
+        """Put the thread back on its pin; return whether the kernel did so."""
+        now = procfs.read_stat(self.pid, self.tid)
+        if now is None or now.start != self.start:
+            return False
+        try:
+            os.sched_setaffinity(self.tid, self.pin)
+        except (ProcessLookupError, PermissionError):
+            return False
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # none of these CPUs is online, or a cpuset allows none
+                raise
+            return False
+        return True
+
+    def __str__(self) -> str:
+        task = f"{self.comm!r} (pid {self.pid}" + (f", thread {self.tid})" if self.tid != self.pid else ")")
+        return f"{task} {'was allowed on CPUs' if self.what == 'allowed' else 'ran on CPU'} {self.cpus}"
+
+
+class Circumstances(Value):
+    """What the caller knows beyond the looks, for one VM.
+
+    :ivar lost: pCPUs whose lease was not held all the time
+    :ivar offline: pCPUs of the VM that went offline
+    :ivar drifts: of processes that no vCPU's process is above any more (orphans)
+    :ivar foreign: by pCPU of the VM, the pids of foreign processes that may run there only
+    :ivar leftovers: how many of the guest's processes outlived its vCPUs and had to be ended
+    :ivar shares_core: pCPUs of the VM whose core the service VM shares
+    """
+
+    lost: CpuSet = CpuSet()
+    offline: CpuSet = CpuSet()
+    drifts: tuple[Drift, ...] = ()
+    foreign: Mapping[int, Sequence[int]] = {}
+    leftovers: int = 0
+    shares_core: CpuSet = CpuSet()
+
+
+class Verdict(Value):
+    """``"held"``, ``"tainted"`` or ``"broken"``, and why: sentences, the weightiest first."""
+
+    word: str
+    reasons: tuple[str, ...] = ()
+
+
+class VcpuRecord:
+    """What was seen of one vCPU's process so far.
+
+    :param pin: the pCPUs (Linux numbers) it may use: one, but for a guest of kind ``smp``
+    :param kind: what runs on it: ``command``, ``python`` or ``smp``
+    """
+
+    def __init__(self, vm: str, vcpu: int, pin: CpuSet, pid: int, kind: str = "command") -> None:
+        self.vm, self.vcpu, self.pin, self.pid, self.kind = vm, vcpu, pin, pid, kind
+        self.first: Look | None = None
+        self.latest: Look | None = None
+        self.ended = False
+        self.rusage: struct_rusage | None = None
+        self.status: int | None = None
+        self.looks = 0
+        self.tasks = 0
+        self.longest_gap_s = 0.0
+        self.seen = CpuSet()
+        self.drift: Drift | None = None
+        self._last_s: float | None = None
+        self._new: list[Drift] = []
+        self._drifting: set[tuple[int, int]] = set()
+
+    def start(self, seen: Look) -> None:
+        """Take the look at START: figures count from here."""
+        self.first = seen
+        self.update(seen)
+
+    def update(self, seen: Look) -> None:
+        """Take a look in between, which brings the figures up to date."""
+        self.latest = seen
+        self._looked(seen.mono_s)
+        self.tasks = max(self.tasks, seen.threads or 0)
+        if seen.processor is not None:
+            self.seen |= CpuSet.of([seen.processor])
+        found = _drift_of(self.pid, self.pid, seen.start, seen.comm, seen.allowed, seen.processor, self.pin)
+        if found:
+            self._drifted([found])
+            self._drifting.add((found.tid, found.start))
+
+    def sample(self, members: Iterable[Member], mono_s: float | None = None) -> None:
+        """Look at every thread of the vCPU's process and of *members*, which are below it.
+
+        Only the first drift is kept. A task that ends meanwhile is passed over.
+
+        :param mono_s: ``CLOCK_MONOTONIC`` of the look; now by default
+        """
+        self._looked(time.monotonic() if mono_s is None else mono_s)
+        pids = {self.pid, *(member.pid for member in members)}
+        tasks, seen, found = _go_over(sorted(pids), self.pin)
+        self.tasks = max(self.tasks, tasks)
+        self.seen |= seen
+        self._drifted(found)
+        self._drifting = {(drift.tid, drift.start) for drift in found}
+
+    def new_drifts(self) -> list[Drift]:
+        """Return what has drifted since this was last asked, less what had drifted at the look before already."""
+        new, self._new = self._new, []
+        return new
+
+    def end(self, seen: Look, rusage: struct_rusage | None, status: int | None) -> None:
+        """Take the look at the end, under ``waitid(WNOWAIT)``, and what ``wait4`` said after it.
+
+        :param status: the wait status (not the exit code)
+        """
+        self.update(seen)
+        self.ended, self.rusage, self.status = True, rusage, status
+
+    @property
+    def migrations(self) -> int | None:
+        """How often the main thread was moved to another CPU since START."""
+        return self._since("migrations")
+
+    def _since(self, name: str) -> int | None:
+        if self.first is None or self.latest is None:
+            return None
+        begin, now = getattr(self.first, name), getattr(self.latest, name)
+        return None if begin is None or now is None else now - begin
+
+    def _drifted(self, found: list[Drift]) -> None:
+        self._new += [drift for drift in found if (drift.tid, drift.start) not in self._drifting]
+        if self.drift is None and found:
+            self.drift = found[0]
+
+    def _looked(self, mono_s: float) -> None:
+        if self._last_s is not None:
+            self.longest_gap_s = max(self.longest_gap_s, mono_s - self._last_s)
+        self._last_s = mono_s
+        self.looks += 1
+
+    def _figures(self) -> dict[str, Any]:
+        last, usage = self.latest or Look(mono_s=0.0), self.rusage
+        covers = "tree" if usage else "process"
+        totals: dict[str, float | None] = {
+            "user_s": usage.ru_utime if usage else last.user_s,
+            "system_s": usage.ru_stime if usage else last.system_s,
+            "minor_faults": usage.ru_minflt if usage else last.minor_faults,
+            "major_faults": usage.ru_majflt if usage else last.major_faults,
+        }
+        thread = {
+            "migrations": "migrations",
+            "voluntary_switches": "voluntary",
+            "involuntary_switches": "involuntary",
+            "run_ns": "run_ns",
+            "wait_ns": "wait_ns",
+        }
+        return {
+            **{name: {"value": self._since(field), "covers": "thread"} for name, field in thread.items()},
+            **{name: {"value": _rounded(value), "covers": covers} for name, value in totals.items()},
+        }
+
+    def _document(self) -> dict[str, Any]:
+        mask = {"start": self.first and self.first.allowed, "end": self.latest and self.latest.allowed}
+        return {
+            "vcpu": self.vcpu,
+            "pcpu": self.pin.lowest if len(self.pin) == 1 else None,
+            "pcpus": str(self.pin),
+            "pid": self.pid,
+            "kind": self.kind,
+            "affinity": {when: None if cpus is None else str(cpus) for when, cpus in mask.items()},
+            "cpus_seen": str(self.seen) if self.seen else None,
+            "looks": self.looks,
+            "longest_gap_s": _rounded(self.longest_gap_s),
+            "tasks_seen": self.tasks or None,
+            **self._figures(),
+            "drift": None if self.drift is None else _drift_document(self.drift),
+            "exit": _exit(self.status),
+        }
+
+
+def look(pid: int) -> Look:
+    """Read what the kernel tells of process *pid* now, a zombie included; four files."""
+    now = time.monotonic()
+    stat, status = procfs.read_stat(pid), procfs.read_status(pid)
+    if stat is None or status is None:
+        return Look(mono_s=now)
+    run_ns, wait_ns, _ = procfs.schedstat(pid) or (None, None, None)
+    tick = os.sysconf("SC_CLK_TCK")
+    return Look(
+        mono_s=now,
+        allowed=status.allowed,
+        processor=stat.processor,
+        run_ns=run_ns,
+        wait_ns=wait_ns,
+        migrations=procfs.migrations(pid),
+        voluntary=status.voluntary,
+        involuntary=status.involuntary,
+        minor_faults=stat.minflt,
+        major_faults=stat.majflt,
+        user_s=stat.utime / tick,
+        system_s=stat.stime / tick,
+        threads=stat.threads,
+        start=stat.start,
+        comm=stat.comm,
+    )
+
+
+def find_drifts(members: Iterable[Member], pin: CpuSet) -> list[Drift]:
+    """Return every thread of *members* that may run, or ran, outside *pin*."""
+    return _go_over([member.pid for member in members], pin)[2]
+
+
+def verdict(
+    records: Sequence[VcpuRecord], period_s: float | None, circumstances: Circumstances, *, live: bool = False
+) -> Verdict:
+    """Judge one VM's records.
+
+    :param period_s: how far apart the samples were meant to be; ``None``: there were none
+    :param live: whether the VM still runs, so that no end can have been seen
+    """
+    broken: list[str] = []
+    tainted: list[str] = []
+    if circumstances.lost:
+        broken.append(f"the lease on pCPU {circumstances.lost} was not held all the time")
+    if circumstances.offline:
+        broken.append(f"pCPU {circumstances.offline} went offline")
+    for record in records:
+        begin = record.first.allowed if record.first else None
+        # A wider mask is a drift, below; a narrower one at the end is a guest that binds its threads itself (OpenMP).
+        if begin is not None and begin != record.pin and begin <= record.pin:
+            broken.append(f"{_name(record)} was on CPUs {begin} at its start, not on {record.pin}")
+    broken += [f"{_name(record)}: {record.drift}" for record in records if record.drift]
+    broken += [f"an orphan of the guest: {drift}" for drift in circumstances.drifts]
+    broken += [
+        f"{_name(record)} was moved to another CPU {_times(record.migrations)}"
+        for record in records
+        if len(record.pin) == 1 and record.migrations
+    ]
+    for record in records:
+        unseen = [
+            *(["start"] if record.first is None or record.first.allowed is None else []),
+            *(
+                ["end"]
+                if not live and (not record.ended or record.latest is None or record.latest.allowed is None)
+                else []
+            ),
+        ]
+        if unseen:
+            tainted.append(f"{_name(record)} could not be looked at at its {' and its '.join(unseen)}")
+        if period_s is not None and record.longest_gap_s > _LATE_PERIODS * period_s + _LATE_S:
+            gap = f"{record.longest_gap_s:.1f} s, where a look every {period_s:g} s was meant"
+            tainted.append(f"{_name(record)} was not looked at for {gap}")
+    tainted += [
+        f"foreign processes may run on pCPU {cpu} only: pid {', '.join(map(str, pids))}"
+        for cpu, pids in sorted(circumstances.foreign.items())
+        if pids
+    ]
+    if count := circumstances.leftovers:
+        tainted.append(f"{count} process{'es' * (count > 1)} of the guest outlived its vCPUs and had to be ended")
+    if circumstances.shares_core:
+        tainted.append(f"pCPU {circumstances.shares_core} shares a core with the host")
+    word = "broken" if broken else "tainted" if tainted else "held"
+    return Verdict(word, (*broken, *tainted))
+
+
+def document(
+    *,
+    version: str,
+    vm: str,
+    records: Sequence[VcpuRecord],
+    isolation: Mapping[str, Any],
+    period_s: float | None,
+    started_s: float,
+    ended_s: float | None,
+    circumstances: Circumstances | None = None,
+    cpu_us: int | None = None,
+    notes: Sequence[str] = (),
+    error: Mapping[str, Any] | None = None,
+    host: Host | None = None,
+) -> dict[str, Any]:
+    """Return the evidence of one VM as what JSON can hold; its schema is ``evidence.schema.json``.
+
+    :param version: hostpart's
+    :param isolation: the level asked for and reached, as the caller words it
+    :param period_s: how far apart the samples were meant to be; ``None``: there were none
+    :param started_s: ``CLOCK_REALTIME``; *ended_s* likewise, ``None`` for a VM that still runs
+    :param cpu_us: what the VM's cgroup counted
+    :param notes: what happened meanwhile that a reader should know, a sentence each
+    :param error: why there was no run, or no whole one; without records there is no verdict then
+    """
+    host = host or Host()
+    judged = verdict(records, period_s, circumstances or Circumstances(), live=ended_s is None)
+    nothing = error is not None and not records
+    try:
+        boot_id = host.read_text("proc/sys/kernel/random/boot_id").strip()
+    except OSError:
+        boot_id = None
+    return {
+        "schema": 1,
+        "hostpart": version,
+        "boot_id": boot_id,
+        "kernel": os.uname().release,
+        "vm": vm,
+        "isolation": dict(isolation),
+        "sampling_period_s": period_s,
+        "started": _utc(started_s),
+        "ended": None if ended_s is None else _utc(ended_s),
+        "verdict": None if nothing else judged.word,
+        "reasons": [] if nothing else list(judged.reasons),
+        "notes": list(notes),
+        "vcpus": [record._document() for record in records],
+        "cpu_us": {"value": cpu_us, "covers": "tree"},
+        "unseen": _unseen(period_s, records),
+        **({} if error is None else {"error": dict(error)}),
+    }
+
+
+def summary(doc: Mapping[str, Any], *, colour: bool = False) -> str:
+    """Return a document of :func:`document` for people: a table, and the verdict with its reasons below."""
+    from .cli.table import table
+
+    headers = ("vCPU", "pCPU", "pid", "seen on", "looks", "moved", "waited", "preempted", "run s", "queued ms", "exit")
+    rows = []
+    for vcpu in doc["vcpus"]:
+        run_ns, wait_ns = vcpu["run_ns"]["value"], vcpu["wait_ns"]["value"]
+        rows.append(
+            (
+                vcpu["vcpu"],
+                vcpu["pcpus"],
+                vcpu["pid"],
+                vcpu["cpus_seen"],
+                vcpu["looks"],
+                vcpu["migrations"]["value"],
+                vcpu["voluntary_switches"]["value"],
+                vcpu["involuntary_switches"]["value"],
+                None if run_ns is None else round(run_ns / 1e9, 3),
+                None if wait_ns is None else round(wait_ns / 1e6, 1),
+                _exit_word(vcpu["exit"]),
+            )
+        )
+    lines = [table(headers, rows, colour=colour)] if rows else []
+    lines.append(f"{doc['vm']}: {doc['verdict'] or 'no verdict'}")
+    lines += [f"  {text}" for text in (*doc["reasons"], *doc["notes"])]
+    return "\n".join(lines)
+
+
+def _go_over(pids: Iterable[int], pin: CpuSet) -> tuple[int, CpuSet, list[Drift]]:
+    # Threads looked at; CPUs they run on or ran on last; those outside the pin.
+    tasks, mask = 0, 0
+    drifts: list[Drift] = []
+    for pid in pids:
+        stat = procfs.read_stat(pid)
+        if stat is None or stat.dead:
+            continue
+        for tid in [pid] if stat.threads == 1 else procfs.threads(pid):
+            thread = stat if stat.threads == 1 else procfs.read_stat(pid, tid)
+            if thread is None or thread.state in "ZXx":
+                continue
+            try:
+                # A hundredth of the time of reading status; what it leaves out are CPUs that are offline.
+                cpus = CpuSet.of(os.sched_getaffinity(tid))
+            except (ProcessLookupError, PermissionError):
+                continue
+            tasks += 1
+            mask |= 1 << thread.processor
+            if found := _drift_of(pid, tid, thread.start, thread.comm, cpus, thread.processor, pin):
+                drifts.append(found)
+    return tasks, CpuSet(mask), drifts
+
+
+def _drift_of(
+    pid: int, tid: int, start: int, comm: str, cpus: CpuSet | None, processor: int | None, pin: CpuSet
+) -> Drift | None:
+    if cpus is not None and not cpus <= pin:
+        what, where = "allowed", cpus
+    elif processor is not None and processor not in pin:
+        # Also where the mask is right: it was on another CPU after its pin, and has not run since it was put back.
+        what, where = "ran", CpuSet.of([processor])
+    else:
+        return None
+    return Drift(time.time(), pid, tid, start, comm, pin, what, where)
+
+
+def _drift_document(drift: Drift) -> dict[str, Any]:
+    return {
+        "at": _utc(drift.at_s),
+        "pid": drift.pid,
+        "tid": drift.tid,
+        "comm": drift.comm,
+        "what": drift.what,
+        "cpus": str(drift.cpus),
+    }
+
+
+def _exit(status: int | None) -> dict[str, int] | None:
+    if status is None:
+        return None
+    code = os.waitstatus_to_exitcode(status)
+    return {"code": code} if code >= 0 else {"signal": -code}
+
+
+def _exit_word(exit: Mapping[str, int] | None) -> str | None:  # noqa: A002
+    if exit is None:
+        return None
+    return str(exit["code"]) if "code" in exit else f"signal {exit['signal']}"
+
+
+def _unseen(period_s: float | None, records: Sequence[VcpuRecord]) -> str:
+    counted = all(record.migrations is not None for record in records) and bool(records)
+    return (
+        (
+            f"Looks were meant to be {period_s:g} s apart"
+            if period_s
+            else "There were looks at the start and at the end only"
+        )
+        + ": a task whose mask was changed and changed back between two looks is not seen at this level"
+        + ("; of each main thread the kernel's count of moves covers the time between." if counted else ".")
+    )
+
+
+def _name(record: VcpuRecord) -> str:
+    return f"vCPU {record.vcpu}"
+
+
+def _times(count: int | None) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+def _rounded(value: float | None) -> float | None:
+    return round(value, 6) if isinstance(value, float) else value
+
+
+def _utc(at_s: float) -> str:
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(at_s))}.{int(at_s % 1 * 1000):03d}Z"

@@ -1,0 +1,330 @@
+"""The front: the process that the user started. It has the terminal, the signals and the exit code; keepers do the rest.
+
+It forks a keeper per VM, holds the leases beside them, and is a subreaper: if a keeper is killed, what that keeper's guest had orphaned comes here
+and is ended here. It is single-threaded and waits in one place, for signals: children that end (SIGCHLD), keepers that say something
+(SIGIO) and what the user sends. ``sigwaitinfo`` tells whether a SIGINT came from the terminal, whose whole job got it, or from
+``kill``, which meant the front alone and has to be passed on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import sys
+import time
+
+from . import lease, recovery, tree
+from .cpuset import CpuSet
+from .errors import Failed, HostpartError
+from .keeper import adopt, fork_keeper
+from .ledger import Ledger
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from .channel import Channel
+    from .config import ServiceVm, VmConfig
+    from .device_model import Caller
+    from .keeper import Options
+    from .topology import Topology
+
+__all__ = ["Front", "Interrupted", "Reported", "Running", "exit_code"]
+
+GRACE_S = 5.0  # between SIGTERM and SIGKILL, when a user asks for the end
+_SI_KERNEL = 0x80  # siginfo's si_code of what the kernel itself sends, such as a terminal's SIGINT
+_WAITED = (
+    signal.SIGCHLD,
+    signal.SIGIO,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGTSTP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+_PASSED_ON = (signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Reported(HostpartError):
+    """An error that a keeper met, in its words."""
+
+    def __init__(self, exit_code: int, problem: str, remedy: str) -> None:
+        super().__init__(exit_code, problem, remedy)
+        self.exit_code, self.problem, self._remedy = exit_code, problem, remedy
+
+    def __str__(self) -> str:
+        return self.problem
+
+    @property
+    def remedy(self) -> str:
+        return self._remedy
+
+
+class Interrupted(Exception):
+    """The user ended it before any guest ran; nothing is left.
+
+    :ivar number: the signal
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class Running:
+    """One keeper as the front sees it.
+
+    :ivar created: its ``created`` message once the VM has its pCPUs; so for *ready*, *ended*, *booted*
+    :ivar error: why it failed
+    :ivar over: whether the keeper has said its last word, or is gone
+    """
+
+    def __init__(self, name: str, pid: int, channel: Channel) -> None:
+        self.name, self.pid, self.channel = name, pid, channel
+        self.said: dict[str, dict[str, Any]] = {}
+        self.error: HostpartError | None = None
+        self.over = self.reaped = False
+
+    def has(self, event: str) -> bool:
+        """Whether the keeper has said *event*; raise its error where it failed instead."""
+        if self.error is not None:
+            raise self.error
+        return event in self.said
+
+
+def exit_code(statuses: list[int]) -> int:
+    """Return a shell's exit code for the wait statuses of a VM's vCPUs: the first that is not 0, 128+N for signal N."""
+    for status in statuses:
+        code = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        if code:
+            return code
+    return 0
+
+
+class Front:
+    """The front of one command.
+
+    :param topology: the host's pCPUs
+    :param caller: what the guests inherit
+    :param stop_on_interrupt: SIGINT ends everything (``launch``); without it the guests decide (``run``, as under env(1))
+    :param hear: called with each message of a keeper, for progress and events
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        caller: Caller,
+        *,
+        stop_on_interrupt: bool,
+        hear: Callable[[Running, dict[str, Any]], None] = lambda *_: None,
+    ) -> None:
+        self.topology, self.caller = topology, caller
+        self.keepers: list[Running] = []
+        self.stopped_by: int | None = None
+        self._stop_on_interrupt, self._hear = stop_on_interrupt, hear
+        self._started = False
+        self._terminal = _foreground()
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED)
+        adopt()
+
+    def start(self, config: VmConfig, service: ServiceVm, options: Options) -> Running:
+        """Fork the keeper of a user VM; it goes to work at once.
+
+        :raises OSError: where no process or descriptor can be had
+        """
+        channels = [keeper.channel for keeper in self.keepers if not keeper.reaped]
+        try:
+            pid, channel = fork_keeper(config, service, self.topology, self.caller, options, channels)
+        except OSError as error:
+            raise Failed(
+                f"no keeper can be started for VM {config.name!r}: {error.strerror}",
+                "see the limits with 'ulimit -a' (processes, open files) and end what is not needed",
+            ) from None
+        return self.watch(config.name, pid, channel)
+
+    def watch(self, name: str, pid: int, channel: Channel) -> Running:
+        """Take a keeper's channel into the wait."""
+        fcntl.fcntl(channel.fileno(), fcntl.F_SETOWN, os.getpid())
+        flags = fcntl.fcntl(channel.fileno(), fcntl.F_GETFL)
+        fcntl.fcntl(channel.fileno(), fcntl.F_SETFL, flags | os.O_ASYNC)
+        running = Running(name, pid, channel)
+        self.keepers.append(running)
+        return running
+
+    def go(self) -> None:
+        """Tell keepers that hold to START their guests."""
+        self._started = True
+        for keeper in self.keepers:
+            keeper.channel.send({"do": "start"})
+
+    def running(self) -> None:
+        """Say that guests run: a signal to stop lets them end first."""
+        self._started = True
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        """Wait until *done*, passing on messages and signals.
+
+        :raises Interrupted: where the user ended it before any guest ran
+        """
+        while True:
+            self._pump()
+            if done():
+                return
+            found = signal.sigtimedwait(_WAITED, 1.0)
+            if found is not None:
+                self._signalled(found)
+
+    def stop(self, grace_s: float = GRACE_S) -> None:
+        """Ask all keepers to end their VMs."""
+        for keeper in self.keepers:
+            if not keeper.over:
+                keeper.channel.send({"do": "stop", "grace_s": grace_s})
+
+    def end(self) -> None:
+        """Wait for all keepers to be gone, stopping those that are not asked yet; then give the terminal back."""
+        if any(not keeper.over for keeper in self.keepers):
+            self.stop(0.0)
+        while any(not keeper.reaped for keeper in self.keepers):
+            self._pump()
+            if any(not keeper.reaped for keeper in self.keepers):
+                signal.sigtimedwait((signal.SIGCHLD, signal.SIGIO), 0.2)
+        for keeper in self.keepers:
+            keeper.channel.close()
+        _take_back(self._terminal)
+
+    # -- inside ----------------------------------------------------------------------------------------
+
+    def _pump(self) -> None:
+        for keeper in self.keepers:
+            if not keeper.reaped:
+                for message in keeper.channel.receive():
+                    self._take(keeper, message)
+        while True:
+            try:
+                pid, _ = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            for keeper in self.keepers:
+                if keeper.pid == pid:
+                    self._gone(keeper)
+
+    def _take(self, keeper: Running, message: dict[str, Any]) -> None:
+        event = message["event"]
+        keeper.said[event] = message
+        if event == "error":
+            keeper.error = Reported(message["exit_code"], message["problem"], message["remedy"])
+        if event == "created":
+            # What a front does is the service VM's work: it stays where no guest will be.
+            kept = frozenset(CpuSet.parse(message["kept"]))
+            if kept:
+                os.sched_setaffinity(0, kept)
+        keeper.over = keeper.over or event in ("ended", "error", "cancelled")
+        self._hear(keeper, message)
+
+    def _gone(self, keeper: Running) -> None:
+        for message in keeper.channel.receive():
+            self._take(keeper, message)
+        keeper.reaped = True
+        if keeper.over:
+            return
+        # Killed: its workers died with it, and the orphans of its guest are this process's children now.
+        keeper.over = True
+        left = self._end_orphans()
+        with Ledger() as ledger:
+            recovery.recover(ledger)
+        if not left:
+            for fd in keeper.channel.fds:
+                lease.release(fd)
+            keeper.channel.fds.clear()
+        keeper.error = Failed(
+            f"the keeper of VM {keeper.name!r} (pid {keeper.pid}) was killed; its guest was ended and its pCPUs are free",
+            "run it again",
+        )
+        self._hear(keeper, {"event": "lost"})
+
+    def _end_orphans(self) -> int:
+        live = [keeper.pid for keeper in self.keepers if not keeper.reaped]
+        until = time.monotonic() + 5.0
+        while True:
+            members = tree.descendants(os.getpid(), skip=live)
+            if not members or time.monotonic() > until:
+                return len(members)
+            tree.kill(members)
+            time.sleep(0.002)
+            for member in members:
+                # Those that are children of this process by now; the others have a parent that is being ended too.
+                try:
+                    os.waitpid(member.pid, os.WNOHANG)
+                except ChildProcessError:
+                    continue
+
+    def _signalled(self, found: signal.struct_siginfo) -> None:
+        number = found.si_signo
+        if number in (signal.SIGCHLD, signal.SIGIO):
+            return
+        from_terminal = found.si_code == _SI_KERNEL
+        if number == signal.SIGTSTP:
+            self._suspend(from_terminal)
+            return
+        stops = number in (signal.SIGTERM, signal.SIGHUP) or (number == signal.SIGINT and self._stop_on_interrupt)
+        if not self._started and number not in (signal.SIGUSR1, signal.SIGUSR2):
+            self.stop(0.0)
+            raise Interrupted(number)
+        if stops:
+            self.stopped_by = self.stopped_by or number
+            for keeper in self.keepers:
+                if not keeper.over:
+                    keeper.channel.send({"do": "stop", "grace_s": GRACE_S, "number": int(number)})
+        elif number in _PASSED_ON and not from_terminal:
+            self._pass_on(number)
+
+    def _pass_on(self, number: int) -> None:
+        for keeper in self.keepers:
+            if not keeper.over:
+                keeper.channel.send({"do": "signal", "number": int(number)})
+
+    def _suspend(self, from_terminal: bool) -> None:
+        # The terminal stopped the whole job, guests included; a kill(1) meant this process, and so the guests too.
+        if not from_terminal:
+            self._pass_on(signal.SIGTSTP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        if not from_terminal:
+            self._pass_on(signal.SIGCONT)
+
+
+def _foreground() -> tuple[int, int] | None:
+    # The terminal and the job that has it, if that is this one.
+    for fd in (0, 1, 2):
+        try:
+            if os.tcgetpgrp(fd) == os.getpgrp():
+                return fd, os.getpgrp()
+        except OSError:
+            continue
+    return None
+
+
+def _take_back(terminal: tuple[int, int] | None) -> None:
+    # A guest that is a shell gives the terminal to its own jobs; killed, it does not give it back.
+    if terminal is None:
+        return
+    fd, pgrp = terminal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
+    try:
+        if os.tcgetpgrp(fd) != pgrp:
+            os.tcsetpgrp(fd, pgrp)
+    except OSError:
+        pass  # the terminal is gone
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def say(text: str) -> None:
+    """Write one line of hostpart's own to stderr."""
+    sys.stderr.write(f"hostpart: {text}\n")
+    sys.stderr.flush()

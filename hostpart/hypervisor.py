@@ -1,0 +1,410 @@
+"""The hypervisor's side: the pCPU array, and the life of VMs and vCPUs, reached by numbered hypercalls.
+
+It binds and unbinds; it decides nothing about placement (:mod:`hostpart.allocator`), keeps no lock itself
+(:mod:`hostpart.lease`) and does not supervise (:mod:`hostpart.device_model`). Each keeper process has
+a hypervisor of its own; what makes them one is the leases.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+
+from . import hypercall as hc
+from . import lease
+from .allocator import POLICIES, SMT_MODES, Placement, Request, Supply, place, rest_count
+from .cpuset import CpuSet
+from .errors import DoesNotFit, Failed, HostpartError
+from .ledger import NameTaken, VcpuRow, VmRow
+from .procfs import pinned_alone, start_time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Buffer, Callable  # type: ignore[attr-defined,unused-ignore]
+
+    from .ledger import Ledger
+    from .topology import Topology
+
+__all__ = ["KINDS", "SERVICE_VMID", "Hypervisor", "Vcpu", "Vm"]
+
+SERVICE_VMID = 0
+KINDS = (None, "performance", "efficiency")
+_API_VERSION = struct.pack("<II", 1, 0)
+
+# What may follow what; a vCPU is created in INIT and forgotten after OFFLINE.
+_NEXT = {
+    "INIT": ("RUNNING", "ZOMBIE"),
+    "RUNNING": ("PAUSED", "ZOMBIE"),
+    "PAUSED": ("RUNNING", "ZOMBIE"),
+    "ZOMBIE": ("OFFLINE",),
+    "OFFLINE": (),
+}
+
+
+class Vcpu:
+    """One virtual CPU: bound to *pcpu* (Linux's number) from creation to destruction.
+
+    :ivar pid: its worker's, with *start* its start time in clock ticks since boot
+    :ivar state: ``INIT``, ``RUNNING``, ``PAUSED``, ``ZOMBIE`` or ``OFFLINE``
+    """
+
+    def __init__(self, vcpu_id: int, pcpu: int) -> None:
+        self.vcpu_id, self.pcpu = vcpu_id, pcpu
+        self.pid = self.start = 0
+        self.state = "INIT"
+
+
+class Vm:
+    """One VM as the hypervisor has it.
+
+    :ivar vmid: 0 for the service VM, else the ledger's id
+    :ivar placement: where its vCPUs go, fixed when it is created
+    :ivar leases: pCPU to the descriptor that holds its lease, idle siblings included
+    :ivar kept: pCPU to the descriptor that keeps it for the service VM
+    """
+
+    def __init__(self, vmid: int, row: VmRow, placement: Placement) -> None:
+        self.vmid, self.row, self.placement = vmid, row, placement
+        self.leases: dict[int, int] = {}
+        self.kept: dict[int, int] = {}
+        self.vcpus: dict[int, Vcpu] = {}
+        self.unbound = list(placement.pcpus)
+
+    @property
+    def vcpu_num(self) -> int:
+        """How many vCPUs it was made for."""
+        return len(self.placement.pcpus)
+
+    @property
+    def service(self) -> bool:
+        """Whether it is the service VM."""
+        return self.vmid == SERVICE_VMID
+
+
+class Hypervisor:
+    """Owner of the pCPU array, as far as this process is concerned.
+
+    :param topology: the host's pCPUs
+    :param leases: who holds which
+    :param ledger: where VMs and vCPUs are entered
+    :param boot: starts one vCPU's worker and returns its pid
+    :param forget: deals with what dead keepers left, before their pCPUs are given out again;
+        called under the allocator's lock
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        leases: lease.Leases,
+        ledger: Ledger,
+        boot: Callable[[Vm, Vcpu], int],
+        forget: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.topology, self.leases, self.ledger = topology, leases, ledger
+        self.vms: dict[int, Vm] = {}
+        self.refusal: HostpartError | None = None
+        self._boot, self._forget = boot, forget
+        self._papers: dict[bytes, VmRow] = {}
+
+    def announce(self, row: VmRow) -> bytes:
+        """Say what the ledger shall have of a VM before it is created; return its token for ``HC_CREATE_VM``."""
+        token = bytes.fromhex(row.token)
+        self._papers[token] = row
+        return token
+
+    def hypercall(self, number: int, *params: object) -> int:
+        """Make one hypercall.
+
+        :param number: ``HC_*`` of :mod:`hostpart.hypercall`
+        :param params: as that hypercall takes them
+        :return: 0 or a positive result, or a negated errno: ``ENODEV`` no such VM, ``EFAULT`` a buffer that cannot be
+            read or written, ``EINVAL`` what makes no sense (an unknown number too), ``EBUSY`` not in this state, ``ENOSPC`` no pCPU for it,
+            ``EEXIST`` a name in use, or what the kernel said. :attr:`refusal` then has the sentence, where there is one
+        """
+        self.refusal = None
+        handler = self._calls.get(number)
+        if handler is None:
+            return -errno.EINVAL
+        try:
+            return handler(self, *params)
+        except DoesNotFit as refusal:
+            self.refusal = refusal
+            return -errno.ENOSPC
+        except NameTaken as refusal:
+            self.refusal = refusal
+            return -errno.EEXIST
+        except HostpartError as refusal:
+            self.refusal = refusal
+            return -errno.EIO
+        except OSError as error:
+            self.refusal = _worded(error)
+            return -(error.errno or errno.EIO)
+        except (TypeError, ValueError, AttributeError):
+            return -errno.EINVAL
+
+    # -- what the hypercalls do, by their ACRN names ------------------------------------------------
+
+    def allocate_pcpu(self, vm: Vm) -> int | None:
+        """Give the VM its next pCPU of those it was placed on; None where it has them all."""
+        return vm.unbound.pop(0) if vm.unbound else None
+
+    def free_pcpu(self, vm: Vm, pcpu: int) -> None:
+        """Give the pCPU back: its lease ends here, also for those who inherited its descriptor."""
+        fd = vm.leases.pop(pcpu, None)
+        if fd is not None:
+            lease.release(fd)
+
+    def create_vcpu(self, vm: Vm, vcpu_id: int, pcpu: int) -> Vcpu:
+        """Bind vCPU and pCPU 1:1, start the worker and enter both in the ledger.
+
+        :raises OSError: where no process can be had; the pCPU is then the VM's to bind again
+        """
+        vcpu = Vcpu(vcpu_id, pcpu)
+        vm.vcpus[vcpu_id] = vcpu
+        try:
+            vcpu.pid = self._boot(vm, vcpu)
+            vcpu.start = start_time(vcpu.pid) or 0
+            self.ledger.add_vcpu(
+                VcpuRow(vm.row.id, vcpu_id, pcpu, int(vm.service), vcpu.pid, vcpu.start, vcpu.state)
+            )
+        except BaseException:
+            if not vcpu.pid:
+                del vm.vcpus[vcpu_id]
+                vm.unbound.insert(0, pcpu)
+            raise
+        return vcpu
+
+    def set_state(self, vm: Vm, vcpu: Vcpu, state: str) -> None:
+        """Take a vCPU to its next state.
+
+        :raises OSError: ``EBUSY`` where that state cannot follow
+        """
+        if state not in _NEXT[vcpu.state]:
+            raise OSError(errno.EBUSY, f"vCPU {vcpu.vcpu_id} is {vcpu.state} and cannot become {state}")
+        vcpu.state = state
+
+    def vcpu_ended(self, vm: Vm, vcpu: Vcpu) -> None:
+        """Say that the vCPU's worker is no more: ZOMBIE, its pCPU still leased."""
+        self.set_state(vm, vcpu, "ZOMBIE")
+        self.ledger.set_vcpu_state(vm.row.id, vcpu.vcpu_id, "ZOMBIE")
+
+    def destroy_vcpu(self, vm: Vm, vcpu: Vcpu) -> None:
+        """Unbind a vCPU that has ended and free its pCPU.
+
+        :raises OSError: ``EBUSY`` where it has not ended
+        """
+        self.set_state(vm, vcpu, "OFFLINE")
+        del vm.vcpus[vcpu.vcpu_id]
+        self.ledger.remove_vcpu(vm.row.id, vcpu.vcpu_id)
+        self.free_pcpu(vm, vcpu.pcpu)
+
+    def boot_service_vm(self, row: VmRow, pcpus: tuple[int, ...]) -> Vm:
+        """Create VM 0 with a vCPU on each of *pcpus*, the first one the BSP; it leases nothing."""
+        row = row.replace(id=self.ledger.add_vm(row))
+        vm = self.vms[SERVICE_VMID] = Vm(SERVICE_VMID, row, Placement(pcpus))
+        for vcpu_id in range(len(pcpus)):
+            pcpu = self.allocate_pcpu(vm)
+            assert pcpu is not None  # noqa: S101 - as many as it was placed on
+            self.create_vcpu(vm, vcpu_id, pcpu)
+        return vm
+
+    # -- hypercalls ----------------------------------------------------------------------------------
+
+    def _vm(self, vmid: object) -> Vm:
+        if not isinstance(vmid, int) or vmid not in self.vms:
+            raise OSError(errno.ENODEV, f"there is no VM {vmid}")
+        return self.vms[vmid]
+
+    def _get_api_version(self, param: Buffer) -> int:
+        return 0 if hc.copy_to_user(param, _API_VERSION) else -errno.EFAULT
+
+    def _create_vm(self, param: Buffer) -> int:
+        data = hc.copy_all_from_user(param)
+        if data is None or hc.copy_from_user(param, hc.CreateVm.SIZE) is None:
+            return -errno.EFAULT
+        try:
+            wish = hc.CreateVm.unpack(data)
+        except struct.error:
+            return -errno.EFAULT
+        row = self._papers.get(wish.token)
+        if row is None or wish.policy >= len(POLICIES) or wish.smt >= len(SMT_MODES) or wish.kind >= len(KINDS):
+            return -errno.EINVAL
+        if wish.pcpus and len(wish.pcpus) != wish.vcpu_num:
+            return -errno.EINVAL
+        with self.leases.lock():
+            self._forget()
+            vm = self._take(wish, row)
+        self.vms[vm.vmid] = vm
+        if not hc.copy_to_user(param, struct.pack("<i", vm.vmid)):
+            self._let_go(vm)
+            return -errno.EFAULT
+        return vm.vmid
+
+    def _take(self, wish: hc.CreateVm, row: VmRow) -> Vm:
+        # Look, choose, take: one step, under the allocator's lock.
+        survey = self.leases.survey(self.topology.online)
+        supply = self.supply_of(self.topology, wish, survey)
+        request = self._request(wish)
+        if not request.count:
+            request = request.replace(count=rest_count(self.topology, supply, request))
+        placement = place(self.topology, supply, request)
+        row = row.replace(vcpu_num=len(placement.pcpus), idle=str(placement.idle))
+        vm = Vm(-1, row, placement)
+        try:
+            for cpu in (*placement.pcpus, *placement.idle):
+                fd = self.leases.take(cpu)
+                if fd is None:
+                    raise DoesNotFit(
+                        request.count,
+                        supply.free - CpuSet.of([cpu]),
+                        [f"pCPU {cpu} was locked this instant by a program that does not ask for the allocator's lock"],
+                        "run it again",
+                    )
+                vm.leases[cpu] = fd
+            for cpu in (supply.host & self.topology.usable) - (CpuSet.of(wish.reserve) - CpuSet.of(wish.keep)):
+                fd = self.leases.keep(cpu)
+                if fd is not None:
+                    vm.kept[cpu] = fd
+            vm.row = row.replace(id=self.ledger.add_vm(row))
+            vm.vmid = vm.row.id
+        except BaseException:
+            self._let_go(vm)
+            raise
+        return vm
+
+    @staticmethod
+    def supply_of(topology: Topology, wish: hc.CreateVm, survey: lease.Survey, *, empty: bool = False) -> Supply:
+        """Say what there is to give: pCPUs of the topology by what is done with them now.
+
+        :param empty: as if no user VM held anything
+        """
+        usable, explicit, reserve = topology.usable, CpuSet.of(wish.pcpus), CpuSet.of(wish.reserve)
+        taken = CpuSet() if empty else survey.taken
+        keep = CpuSet.of(wish.keep)
+        if not keep:
+            # The lowest that can be had, but not what this VM names itself, so that `--pcpus 0` means what it says.
+            candidates = usable - taken - explicit or usable - taken
+            keep = CpuSet.of(cpu for cpu, _ in zip(candidates, range(wish.keep_count), strict=False))
+        host = (keep | survey.kept | reserve) - taken
+        free = usable - taken - host
+        return Supply(free=free, host=host, taken=taken, avoid=CpuSet.of(pinned_alone()) & free)
+
+    def could_ever_fit(self, wish: hc.CreateVm) -> bool:
+        """Whether the request would fit if no user VM held anything."""
+        try:
+            with self.leases.lock():
+                survey = self.leases.survey(self.topology.online)
+            supply, request = self.supply_of(self.topology, wish, survey, empty=True), self._request(wish)
+            if not request.count:
+                return rest_count(self.topology, supply, request) > 0
+            place(self.topology, supply, request)
+        except DoesNotFit:
+            return False
+        return True
+
+    def _request(self, wish: hc.CreateVm) -> Request:
+        return Request(wish.vcpu_num, wish.pcpus, POLICIES[wish.policy], SMT_MODES[wish.smt], KINDS[wish.kind])
+
+    def _let_go(self, vm: Vm) -> None:
+        for fd in (*vm.leases.values(), *vm.kept.values()):
+            lease.release(fd)
+        vm.leases.clear()
+        vm.kept.clear()
+        if vm.vmid > 0:
+            self.ledger.remove_vm(vm.row.id)
+            self.vms.pop(vm.vmid, None)
+
+    def _create_vcpu(self, vmid: int, param: Buffer) -> int:
+        vm = self._vm(vmid)
+        data = hc.copy_from_user(param, hc.CreateVcpu.SIZE)
+        if data is None:
+            return -errno.EFAULT
+        wish = hc.CreateVcpu.unpack(data)
+        if not hc.copy_to_user(param, data):
+            return -errno.EFAULT  # read-only: say so before anything is made
+        if wish.vcpu_id >= vm.vcpu_num:
+            return -errno.EINVAL
+        if wish.vcpu_id in vm.vcpus:
+            return -errno.EBUSY
+        pcpu = self.allocate_pcpu(vm)
+        if pcpu is None:
+            return -errno.ENOSPC
+        self.create_vcpu(vm, wish.vcpu_id, pcpu)
+        hc.copy_to_user(param, hc.CreateVcpu(wish.vcpu_id, pcpu).pack())
+        return 0
+
+    def _start_vm(self, vmid: int) -> int:
+        vm = self._vm(vmid)
+        alive = [vcpu for vcpu in vm.vcpus.values() if vcpu.state != "ZOMBIE"]
+        if len(vm.vcpus) != vm.vcpu_num or not alive or any(vcpu.state not in ("INIT", "PAUSED") for vcpu in alive):
+            return -errno.EBUSY
+        self._all(vm, "RUNNING")
+        return 0
+
+    def _pause_vm(self, vmid: int) -> int:
+        vm = self._vm(vmid)
+        if not any(vcpu.state == "RUNNING" for vcpu in vm.vcpus.values()):
+            return -errno.EBUSY
+        self._all(vm, "PAUSED")
+        return 0
+
+    def _all(self, vm: Vm, state: str) -> None:
+        for vcpu in vm.vcpus.values():
+            if vcpu.state != "ZOMBIE":
+                self.set_state(vm, vcpu, state)
+        self.ledger.set_vm_state(vm.row.id, state)
+
+    def _destroy_vm(self, vmid: int) -> int:
+        vm = self._vm(vmid)
+        if any(vcpu.state not in ("ZOMBIE", "OFFLINE") for vcpu in vm.vcpus.values()):
+            return -errno.EBUSY
+        for vcpu in list(vm.vcpus.values()):
+            self.destroy_vcpu(vm, vcpu)
+        if vm.service:
+            self.ledger.remove_vm(vm.row.id)
+            del self.vms[vmid]
+        else:
+            self._let_go(vm)
+        return 0
+
+    def _sos_offline_cpu(self, lapicid: int) -> int:
+        vm = self._vm(SERVICE_VMID)
+        pcpu = self.pcpu_of_apic(lapicid)
+        vcpu = next((vcpu for vcpu in vm.vcpus.values() if vcpu.pcpu == pcpu), None)
+        if vcpu is None or vcpu.vcpu_id == 0:
+            return -errno.EINVAL  # not the service VM's, or the BSP, which is never taken offline
+        if vcpu.state != "ZOMBIE":
+            return -errno.EBUSY
+        self.destroy_vcpu(vm, vcpu)
+        return 0
+
+    def pcpu_of_apic(self, apic_id: int) -> int | None:
+        """Return Linux's number of the pCPU with that APIC id; where no MADT was read the two are taken as the same."""
+        for pcpu in self.topology.pcpus:
+            if (pcpu.cpu if pcpu.apic_id is None else pcpu.apic_id) == apic_id:
+                return pcpu.cpu
+        return None
+
+    _calls: dict[int, Callable[..., int]] = {  # noqa: RUF012 - a table, never written
+        hc.HC_GET_API_VERSION: _get_api_version,
+        hc.HC_SOS_OFFLINE_CPU: _sos_offline_cpu,
+        hc.HC_CREATE_VM: _create_vm,
+        hc.HC_DESTROY_VM: _destroy_vm,
+        hc.HC_START_VM: _start_vm,
+        hc.HC_PAUSE_VM: _pause_vm,
+        hc.HC_CREATE_VCPU: _create_vcpu,
+    }
+
+
+def _worded(error: OSError) -> HostpartError:
+    if error.errno == errno.EAGAIN:
+        return Failed(
+            "no process can be had for a worker: the limit on processes is reached (EAGAIN)",
+            "raise it with 'ulimit -u', or end some processes: 'ps -u $USER'",
+        )
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return Failed(
+            f"no file descriptor is left ({os.strerror(error.errno)})", "raise the limit: 'ulimit -n 4096', and run it again"
+        )
+    return Failed(f"{error.strerror or error}", "see the message, mend what it names and run it again")

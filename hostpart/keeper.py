@@ -1,0 +1,540 @@
+"""The keeper: the process that supervises one user VM, from before its first worker until nothing of it is left.
+
+It is the workers' parent and a subreaper, so every process of the guest stays below it. It holds the leases, looks at the guest at a
+fixed period, answers the VM's control socket, and tells its front what happens. It has one thread while it forks, ignores what a terminal
+sends, and ends only when the VM is destroyed; if its front dies, it ends the VM.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+
+from workers.vcpu import prctl
+
+from . import __version__, cgroup, control, evidence, recovery, tree
+from .channel import Channel
+from .cpuset import CpuSet
+from .device_model import Caller, DeviceModel
+from .errors import DoesNotFit, Failed, HostpartError
+from .hypervisor import Hypervisor
+from .ledger import Ledger, VmRow, boot_id
+from .lease import Leases, Line
+from .procfs import pinned_alone, start_time, threads
+from .value import Value
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
+    from .config import ServiceVm, VmConfig
+    from .isolation import Isolation
+    from .topology import Topology
+
+__all__ = ["Options", "adopt", "fork_keeper", "ignore_terminal"]
+
+PERIOD_S = 0.25  # between two looks at the guest; the evidence states it
+_READY_WAIT_S = 30.0
+_STOP_GRACE_S = 5.0
+_PR_SET_CHILD_SUBREAPER = 36
+# What a terminal or a shell sends to a job is for the front and the guests.
+_IGNORED = (signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGHUP, signal.SIGPIPE)
+
+
+class Options(Value):
+    """How a VM is run, beside what its configuration says.
+
+    :ivar wait_s: how long to queue for pCPUs: None not at all, ``inf`` for ever
+    :ivar hold: wait for the front's word before START
+    :ivar log: the file that has the guests' output, for the ledger; empty: none
+    """
+
+    isolation: Isolation
+    wait_s: float | None = None
+    hold: bool = False
+    log: str = ""
+
+
+class _Cancelled(Exception):
+    # The front is gone, or wants it stopped, before the guests run.
+    pass
+
+
+def adopt() -> None:
+    """Become a subreaper: orphans below this process become its children."""
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def ignore_terminal() -> tuple[int, int]:
+    """Leave the job's process group and its signals; return the pipe that wakes poll(2) when a child ends."""
+    os.setpgid(0, 0)
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    return read, write
+
+
+def fork_keeper(
+    config: VmConfig, service: ServiceVm, topology: Topology, caller: Caller, options: Options, others: list[Channel]
+) -> tuple[int, Channel]:
+    """Fork the keeper of one VM; return its pid and the front's end of the channel.
+
+    :param others: the front's ends of other keepers' channels, which this one must not hold open
+    :raises OSError: where no process or descriptor can be had
+    """
+    ours, theirs = Channel.pair()
+    front = os.getpid()
+    pid = os.fork()
+    if pid:
+        theirs.close()
+        return pid, ours
+    try:
+        for channel in (ours, *others):
+            channel.close()
+        Keeper(config, service, topology, caller, options, theirs, front).run()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+class Keeper:
+    """One VM's supervisor; see the module."""
+
+    def __init__(
+        self,
+        config: VmConfig,
+        service: ServiceVm,
+        topology: Topology,
+        caller: Caller,
+        options: Options,
+        front: Channel,
+        front_pid: int,
+    ) -> None:
+        self.config, self.service, self.topology, self.options = config, service, topology, options
+        self.front, self.front_pid = front, front_pid
+        self.caller = caller
+        self.model: DeviceModel
+        self.ledger: Ledger
+        self.server: control.Server | None = None
+        self.records: dict[int, evidence.VcpuRecord] = {}
+        self.started = 0.0
+        self._grace_until: float | None = None
+        self._stopping = False
+        self._waiters: list[control.Request] = []
+        self._notes: list[str] = []
+        self._foreign: dict[int, list[int]] = {}
+        self._lost: list[int] = []
+        self._drifts: dict[tuple[int, int], evidence.Drift] = {}
+        self._told: set[tuple[int, int]] = set()
+        self._final: dict[str, Any] = {}
+        self._killed = self._leftovers = 0
+        self._next_look = 0.0
+
+    def run(self) -> NoReturn:
+        """Run the VM's whole life and end the process."""
+        code = 0
+        try:
+            self._settle()
+            try:
+                self._create()
+                self._supervise()
+            finally:
+                self._clean()
+            self._report()
+        except _Cancelled:
+            self.front.send({"event": "cancelled"})
+        except HostpartError as error:
+            code = 1
+            self.front.send({"event": "error", "exit_code": error.exit_code, "problem": str(error), "remedy": error.remedy})
+        except OSError as error:
+            code = 1
+            self.front.send({
+                "event": "error",
+                "exit_code": 1,
+                "problem": f"the VM {self.config.name!r} could not be run: {error}",
+                "remedy": "see the message, mend what it names and run it again",
+            })
+        os._exit(code)
+
+    # -- the process ---------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        self._wake_r, self._wake_w = ignore_terminal()
+        signal.signal(signal.SIGTERM, self._on_term)
+        adopt()
+
+    def _on_term(self, *_: object) -> None:
+        self._stopping = True
+
+    # -- creation ------------------------------------------------------------------------------------
+
+    def _create(self) -> None:
+        self.ledger = Ledger()
+        self.model = DeviceModel(self.config, self.service, self.caller, [self.front.fileno(), self._wake_r, self._wake_w])
+        self.model.attach(Hypervisor(self.topology, Leases(), self.ledger, self.model.boot, self._forget))
+        row = VmRow(
+            0, self.config.name, 0, self.model.token, boot_id(), "INIT", self.config.vcpus, _guest_text(self.config),
+            os.getpid(), start_time(os.getpid()) or 0, self.front_pid, time.time(), log=self.options.log,
+        )  # fmt: skip
+        leaf, self.no_leaf = cgroup.Leaf.create(self.model.token)
+        self.model.leaf = leaf
+        if leaf is not None:
+            row = row.replace(leaf=leaf.path)
+        self.model.hypervisor.announce(row)
+        self._get_pcpus()
+        vm = self.model.vm
+        # The supervisor's own work is the service VM's: it goes where that one stays.
+        os.sched_setaffinity(0, vm.kept or self.topology.usable)
+        self.server = control.Server(self.ledger.directory, self.config.name)
+        self.model.close_also(self.server.fileno())
+        placement = vm.placement
+        self.front.send(
+            {
+                "event": "created",
+                "pcpus": list(placement.pcpus),
+                "idle": str(placement.idle),
+                "kept": str(CpuSet.of(vm.kept)),
+                "why": list(placement.why),
+            },
+            [*vm.leases.values(), *vm.kept.values()],
+        )
+        for vcpu_id in range(vm.vcpu_num):
+            self.model.vm_create_vcpu(vcpu_id)
+        self.model.all_forked()
+        self._await_ready()
+        for pid, vcpus in self.model.pids.items():
+            pins = CpuSet.of(vcpu.pcpu for vcpu in vcpus)
+            record = evidence.VcpuRecord(self.config.name, vcpus[0].vcpu_id, pins, pid, self.config.guest.kind)
+            record.start(evidence.look(pid))
+            self.records[pid] = record
+        self.front.send({
+            "event": "ready",
+            "vm": self.config.name,
+            "vcpus": [
+                {"vcpu": vcpu.vcpu_id, "pcpu": vcpu.pcpu, "pid": vcpu.pid} for _, vcpu in sorted(vm.vcpus.items())
+            ],
+        })
+        if self.options.hold:
+            self._await_word()
+        self.started = time.time()
+        self.model.vm_start()
+
+    def _forget(self) -> None:
+        for found in recovery.recover(self.ledger):
+            if found.ended:
+                self._note(f"ended {len(found.ended)} processes that VM {found.name!r} left when hostpart was killed")
+            if found.left:
+                raise Failed(
+                    f"processes {', '.join(map(str, found.left))} of the dead VM {found.name!r} are not yours to end",
+                    "run 'sudo hostpart restore'",
+                )
+
+    def _get_pcpus(self) -> None:
+        try:
+            self.model.vm_create()
+            return
+        except DoesNotFit as refusal:
+            if self.options.wait_s is None or not self.model.hypervisor.could_ever_fit(self.model.wish()):
+                raise
+            last: HostpartError = refusal
+        line = Line(self.model.hypervisor.leases)
+        self.front.send({"event": "waiting", "ahead": line.ahead(), "why": str(last)})
+        until = time.monotonic() + self.options.wait_s
+
+        def ready() -> bool:
+            nonlocal last
+            try:
+                self.model.vm_create()
+            except DoesNotFit as refusal:
+                last = refusal
+                return False
+            return True
+
+        if not line.wait(ready, until, self._interrupted):
+            if self._stopping or self.front.ended:
+                raise _Cancelled
+            raise last
+
+    def _interrupted(self) -> bool:
+        for message in self.front.receive():
+            self._obey(message)
+        return self._stopping or self.front.ended
+
+    def _await_ready(self) -> None:
+        waiting = set(self.model.pids)
+        until = time.monotonic() + _READY_WAIT_S
+        by_vcpu = {vcpus[0].vcpu_id: pid for pid, vcpus in self.model.pids.items()}
+        poll = self._poller(self.model.status_fd)
+        while waiting:
+            fds = {fd for fd, _ in poll.poll(100)}
+            if self.front.fileno() in fds and self._interrupted():
+                raise _Cancelled
+            if self.model.status_fd in fds:
+                for words in self.model.hear():
+                    if words[1] == "failed":
+                        raise self.model.refusal_of(words)
+                    waiting.discard(by_vcpu[int(words[0])])
+            for pid in list(waiting):
+                if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                    for words in self.model.hear():
+                        if words[1] == "failed":
+                            raise self.model.refusal_of(words)
+                    raise Failed(f"the worker of VM {self.config.name!r} with pid {pid} was killed before it was ready", "run it again")
+            if self._stopping:
+                raise _Cancelled
+            if time.monotonic() > until:
+                raise Failed(
+                    f"{len(waiting)} workers of VM {self.config.name!r} were not ready after {_READY_WAIT_S:g} s",
+                    "the host may be overloaded: see 'uptime', and run it again",
+                )
+        for pid in list(self.model.pids):
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                raise Failed(f"the worker of VM {self.config.name!r} with pid {pid} was killed before START", "run it again")
+
+    def _await_word(self) -> None:
+        poll = self._poller()
+        self._go = False
+        while not self._go:
+            poll.poll(1000)
+            if self._interrupted():
+                raise _Cancelled
+
+    def _poller(self, *more: int) -> select.poll:
+        poll = select.poll()
+        for fd in (self.front.fileno(), self._wake_r, *more):
+            poll.register(fd, select.POLLIN)
+        return poll
+
+    # -- supervision ---------------------------------------------------------------------------------
+
+    def _supervise(self) -> None:
+        assert self.server is not None  # noqa: S101 - made in _create
+        poll = self._poller(self.server.fileno())
+        status_open = True
+        poll.register(self.model.status_fd, select.POLLIN)
+        self._next_look = time.monotonic() + PERIOD_S
+        self._reap()
+        while self.model.alive:
+            now = time.monotonic()
+            deadline = self._next_look if self._grace_until is None else min(self._next_look, self._grace_until)
+            fds = {fd for fd, _ in poll.poll(max(0.0, deadline - now) * 1000)}
+            if self._wake_r in fds:
+                os.read(self._wake_r, 4096)
+            self._reap()
+            if self.model.status_fd in fds and status_open:
+                status_open = bool(self.model.hear())
+                if not status_open:
+                    poll.unregister(self.model.status_fd)
+            if self.front.fileno() in fds:
+                for message in self.front.receive():
+                    self._obey(message)
+                if self.front.ended:
+                    return  # _clean ends everything at once
+            if self.server.fileno() in fds:
+                for request in self.server.requests():
+                    self._answer(request)
+            if self._stopping and self._grace_until is None:
+                self._stop(_STOP_GRACE_S)
+            now = time.monotonic()
+            if self._grace_until is not None and now >= self._grace_until:
+                return
+            if now >= self._next_look:
+                self._look()
+                self._next_look = max(self._next_look + PERIOD_S, time.monotonic() + PERIOD_S / 2)
+        if status_open:
+            self.model.hear()
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if ended is None:
+                return
+            self._reap_one(ended.si_pid)
+
+    def _reap_one(self, pid: int) -> None:
+        # While it is a zombie its last figures can still be read; wait4 gives the totals and ends that.
+        record = self.records.get(pid)
+        last = evidence.look(pid) if record else None
+        _, status, usage = os.wait4(pid, 0)
+        if record is not None and last is not None:
+            record.end(last, usage, status)
+        if pid in self.model.pids:
+            self.model.worker_ended(pid, status)
+
+    def _look(self) -> None:
+        members = tree.descendants(os.getpid())
+        rest = {member.pid for member in members}
+        astray: list[tuple[evidence.Drift, CpuSet]] = []
+        for pid, record in self.records.items():
+            if not record.ended:
+                own = tree.below(members, pid)
+                rest -= {member.pid for member in own}
+                record.sample(own)
+                if record.drift is not None:
+                    astray += [(drift, record.pin) for drift in evidence.find_drifts(own, record.pin)]
+        # Orphans of the guest: whose vCPU they were is not known any more, but the VM's pCPUs they may not leave.
+        orphans = [member for member in members if member.pid in rest]
+        for drift in evidence.find_drifts(orphans, self.model.pcpus):
+            self._drifts.setdefault((drift.pid, drift.tid), drift)
+            astray.append((drift, self.model.pcpus))
+        self._handle(astray)
+        lost = self.model.leases_lost()
+        if lost:
+            self._lost += [pcpu for pcpu in lost if pcpu not in self._lost]
+            self._note(f"the lease on pCPU {CpuSet.of(lost)} was let go by somebody who inherited it, and taken again")
+        self._look_at_foreigners({member.pid for member in members})
+
+    def _look_at_foreigners(self, ours: set[int]) -> None:
+        for cpu, pids in pinned_alone().items():
+            if cpu in self.model.pcpus:
+                known = self._foreign.setdefault(cpu, [])
+                known += [pid for pid in pids if pid not in ours and pid not in known]
+
+    def _handle(self, astray: list[tuple[evidence.Drift, CpuSet]]) -> None:
+        for drift, pin in astray:
+            key = drift.pid, drift.tid
+            if key not in self._told:
+                self._told.add(key)
+                self._note(f"{drift}, not on {pin} alone (on_drift = {self.config.on_drift!r})")
+            if self.config.on_drift == "repin":
+                for tid in threads(drift.pid):
+                    try:
+                        os.sched_setaffinity(tid, pin)
+                    except (ProcessLookupError, PermissionError, OSError):
+                        continue  # gone, another user's by now, or its pCPU is offline: the next look tells
+        if astray and self.config.on_drift == "kill":
+            self._stop(0.0)
+
+    def _note(self, text: str) -> None:
+        self._notes.append(text)
+        self.front.send({"event": "note", "text": text})
+
+    def _obey(self, message: dict[str, Any]) -> None:
+        if message["do"] == "start":
+            self._go = True
+        elif message["do"] == "signal":
+            self.model.signal(message["number"])
+        elif message["do"] == "stop":
+            self._stopping = True
+            if self.started:
+                self._stop(message["grace_s"], message.get("number", signal.SIGTERM))
+
+    def _stop(self, grace_s: float, number: int = signal.SIGTERM) -> None:
+        self._stopping = True
+        if grace_s > 0:
+            self.model.signal(number)
+            self._resume_quietly()
+        until = time.monotonic() + grace_s
+        self._grace_until = until if self._grace_until is None else min(until, self._grace_until)
+
+    def _resume_quietly(self) -> None:
+        # A guest that is to end has to run for that.
+        try:
+            self.model.resume()
+        except HostpartError:
+            pass
+
+    def _answer(self, request: control.Request) -> None:
+        try:
+            if request.what == "stop":
+                self._stop(request.number("grace_s", _STOP_GRACE_S))
+                self._waiters.append(request)  # answered when nothing is left
+                return
+            if request.what == "pause":
+                self.model.pause()
+            elif request.what == "resume":
+                self.model.resume()
+            elif request.what != "show":
+                request.refuse(Failed(f"the keeper does not know {request.what!r}", "use the hostpart that started the VM"))
+                return
+            self._look()
+            request.reply({"evidence": self._document(), "state": self._state(), "notes": self._notes})
+        except HostpartError as error:
+            request.refuse(error)
+
+    def _state(self) -> str:
+        return next((vcpu.state for vcpu in self.model.vm.vcpus.values() if vcpu.state != "ZOMBIE"), "ZOMBIE")
+
+    # -- the end -------------------------------------------------------------------------------------
+
+    def _clean(self) -> None:
+        # Whatever happened: nothing of the guest may be left when the leases are let go.
+        model = getattr(self, "model", None)
+        if model is None:
+            return
+        model.cancel()
+        self._finish_tree()
+        if model.vhm.vmid is not None:
+            self._final = self._document(time.time())
+            model.vm_destroy()
+        if model.leaf is not None:
+            model.leaf.remove()
+        if self.server is not None:
+            self.server.close()
+        for request in self._waiters:
+            request.reply({"state": "OFFLINE"})
+        for log in model.logs:
+            log.drain()
+        self.ledger.close()
+
+    def _finish_tree(self) -> None:
+        orderly = not self._stopping and not self.model.alive
+        survivors = self._kill_round()
+        while survivors:
+            pids = ", ".join(str(member.pid) for member in survivors)
+            self._note(f"pid {pids} of VM {self.config.name!r} cannot be ended by this user; its pCPUs stay leased until it ends")
+            while survivors:
+                time.sleep(0.5)
+                survivors = self._kill_round()
+        self._leftovers = self._killed if orderly else 0
+
+    def _kill_round(self) -> tuple[tree.Member, ...]:
+        if self.model.leaf is not None:
+            self.model.leaf.kill()
+        ended = tree.end(os.getpid(), self._reap_one)
+        self._killed += ended.killed
+        return ended.survivors
+
+    def _document(self, ended_s: float | None = None) -> dict[str, Any]:
+        return evidence.document(
+            version=__version__,
+            vm=self.config.name,
+            records=list(self.records.values()),
+            isolation=self.options.isolation.to_json(),
+            period_s=PERIOD_S,
+            started_s=self.started,
+            ended_s=ended_s,
+            circumstances=evidence.Circumstances(
+                lost=CpuSet.of(self._lost),
+                drifts=tuple(self._drifts.values()),
+                foreign=self._foreign,
+                leftovers=self._leftovers,
+                shares_core=self.model.vm.placement.shares_core,
+            ),
+            cpu_us=self.model.leaf.cpu_usage_us() if self.model.leaf else None,
+        )
+
+    def _report(self) -> None:
+        self.front.send({
+            "event": "ended",
+            "statuses": [self.model.statuses.get(vcpu, 0) for vcpu in sorted(self.model.statuses)],
+            "exec_errors": self.model.exec_errors,
+            "evidence": self._final,
+        })
+
+
+def _guest_text(config: VmConfig) -> str:
+    guest = config.guest
+    return f"python {guest.target}" if guest.kind == "python" else " ".join(guest.argv)
+

@@ -1,0 +1,159 @@
+"""One scenario on this host: the service VM boots on all pCPUs, releases some, and the user VMs are created on them.
+
+All VMs are READY before any guest starts; if one cannot be, none has run and nothing is left.
+"""
+
+from __future__ import annotations
+
+from .allocator import Request, place_all
+from .cpuset import CpuSet
+from .errors import DoesNotFit
+from .hypercall import CreateVm
+from .hypervisor import Hypervisor
+from .isolation import Isolation, reach
+from .keeper import Options
+from .lease import Leases
+from .service_vm import NAME, fork_service_vm
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .allocator import Placement, Supply
+    from .config import Scenario, ServiceVm, VmConfig
+    from .device_model import Caller
+    from .front import Front, Running
+    from .topology import Topology
+
+__all__ = ["Launch", "plan", "requests_of", "supply_now"]
+
+
+def requests_of(scenario: Scenario) -> dict[str, Request]:
+    """Return what each VM asks of the allocator, in the file's order."""
+    return {
+        vm.name: Request(len(vm.pcpus) or vm.vcpus, vm.pcpus, vm.policy, vm.smt, vm.kind) for vm in scenario.vms
+    }
+
+
+def supply_now(topology: Topology, service: ServiceVm, explicit: CpuSet, leases: Leases, *, empty: bool = False) -> Supply:
+    """Look at what this host has to give at this instant.
+
+    :param explicit: pCPUs that the VMs name themselves
+    :param empty: as if no user VM held anything
+    """
+    wish = CreateVm(
+        0, b"", pcpus=tuple(explicit), reserve=tuple(service.reserve), keep=tuple(service.keep_cpus), keep_count=service.keep
+    )
+    with leases.lock():
+        survey = leases.survey(topology.online)
+    return Hypervisor.supply_of(topology, wish, survey, empty=empty)
+
+
+def plan(topology: Topology, scenario: Scenario, supply: Supply) -> dict[str, Placement]:
+    """Place all VMs of the scenario, or none.
+
+    :raises DoesNotFit: for the first that does not fit; where others of the scenario would, it says which
+    """
+    requests = requests_of(scenario)
+    try:
+        return place_all(topology, supply, requests)
+    except DoesNotFit as refusal:
+        fitting: dict[str, Request] = {}
+        for name, request in requests.items():
+            try:
+                place_all(topology, supply, {**fitting, name: request})
+            except (DoesNotFit, ValueError):
+                continue
+            fitting[name] = request
+        if not fitting or len(requests) == 1:
+            raise
+        wanted = sum(request.count for request in requests.values())
+        raise DoesNotFit(
+            max(wanted, 1),
+            supply.free,
+            [f"{scenario.source} has {len(requests)} VMs and {refusal.vm!r} is the first that does not fit", *_held(supply)],
+            f"launch only {', '.join(fitting)} of them, or use a host with more pCPUs; 'hostpart launch example:first' takes what is here",
+        ) from None
+
+
+def _held(supply: Supply) -> list[str]:
+    said = []
+    if supply.host:
+        said.append(f"kept by the service VM: pCPU {supply.host}")
+    if supply.taken:
+        said.append(f"leased to other VMs: pCPU {supply.taken}")
+    return said
+
+
+class Launch:
+    """One launch.
+
+    :param front: waits and passes on signals
+    :param callers: what each VM's guests inherit, by the VM's name
+    :ivar service: the service VM's keeper
+    :ivar vms: the user VMs' keepers, in order of creation
+    """
+
+    def __init__(
+        self, scenario: Scenario, front: Front, callers: Mapping[str, Caller], wait_s: float | None = None, log: Mapping[str, str] | None = None
+    ) -> None:
+        self.scenario, self.front, self.callers, self.wait_s = scenario, front, callers, wait_s
+        self.log = log or {}
+        self.service: Running | None = None
+        self.vms: list[Running] = []
+        self.isolation: dict[str, Isolation] = {vm.name: reach(vm.isolation, vm.require) for vm in scenario.vms}
+        self.explicit = CpuSet.of(pcpu for vm in scenario.vms for pcpu in vm.pcpus)
+
+    def start(self) -> None:
+        """Boot, release, create, and let the guests run.
+
+        :raises HostpartError: why not; :meth:`end` then leaves nothing behind
+        """
+        front, service = self.front, self.scenario.service
+        planned = self._plan()
+        pid, channel = fork_service_vm(service, self.explicit, front.topology, front.caller)
+        booted = self.service = front.watch(NAME, pid, channel)
+        front.wait(lambda: booted.has("booted"))
+        kept = CpuSet.parse(booted.said["booted"]["kept"])
+        self._release(booted, CpuSet.of(cpu for one in planned.values() for cpu in (*one.pcpus, *one.idle)))
+        for vm in self._in_order():
+            options = Options(self.isolation[vm.name], self.wait_s, hold=True, log=self.log.get(vm.name, ""))
+            # The others' explicit pCPUs are not this one's to choose.
+            reserve = service.reserve | (self.explicit - CpuSet.of(vm.pcpus))
+            front.caller = self.callers[vm.name]
+            keeper = front.start(vm, service.replace(keep=len(kept), keep_cpus=kept, reserve=reserve), options)
+            self.vms.append(keeper)
+            front.wait(lambda keeper=keeper: keeper.has("created"))  # type: ignore[misc]
+            created = keeper.said["created"]
+            self._release(booted, CpuSet.of(created["pcpus"]) | CpuSet.parse(created["idle"]))
+        front.wait(lambda: all(keeper.has("ready") for keeper in self.vms))
+        front.go()
+
+    def wait(self) -> None:
+        """Wait until every guest has ended."""
+        self.front.wait(lambda: all(keeper.over for keeper in self.vms))
+
+    def end(self) -> None:
+        """End what still runs, and the service VM last."""
+        self.front.end()
+
+    def _plan(self) -> dict[str, Placement]:
+        topology, leases = self.front.topology, Leases()
+        try:
+            return plan(topology, self.scenario, supply_now(topology, self.scenario.service, self.explicit, leases))
+        except DoesNotFit:
+            if self.wait_s is None:
+                raise
+            # Waiting is for what would fit an empty host.
+            plan(topology, self.scenario, supply_now(topology, self.scenario.service, self.explicit, leases, empty=True))
+            return {}
+
+    def _release(self, service: Running, pcpus: CpuSet) -> None:
+        if pcpus:
+            service.said.pop("released", None)
+            service.channel.send({"do": "release", "pcpus": str(pcpus)})
+            self.front.wait(lambda: service.has("released"))
+
+    def _in_order(self) -> list[VmConfig]:
+        # As the allocator's place_all: explicit lists, then counts, then the one that takes the rest.
+        return sorted(self.scenario.vms, key=lambda vm: (not vm.pcpus, not vm.pcpus and not vm.vcpus))

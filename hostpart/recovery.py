@@ -1,0 +1,76 @@
+"""What killed hostpart processes left behind: found by the ledger, ended, and struck out.
+
+A VM whose keeper is gone is *dirty*. Its workers died with the keeper; what its guest had made a daemon, with every descriptor closed, lives
+on and may sit on a pCPU whose lease is free again. Such processes carry the VM's token in their environment, and are in its
+cgroup where there was one. They are ended before the row is struck out, and rows are looked at before pCPUs are given out.
+"""
+
+from __future__ import annotations
+
+import os
+
+from . import cgroup, control, tree
+from .ledger import boot_id
+from .procfs import start_time
+from .value import Value
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .ledger import Ledger, VmRow
+
+__all__ = ["Recovered", "dirty", "recover"]
+
+
+class Recovered(Value):
+    """One dirty VM that was dealt with.
+
+    :ivar pcpus: those its vCPUs had been bound to
+    :ivar ended: pids of the processes that were left of it and are gone now
+    :ivar left: pids of those that could not be ended; the row stays, and so does the VM's name
+    """
+
+    name: str
+    pcpus: tuple[int, ...]
+    ended: tuple[int, ...]
+    left: tuple[int, ...]
+
+
+def dirty(ledger: Ledger) -> list[VmRow]:
+    """Return the VMs whose keeper is gone (of another boot, ended, or its pid is another process by now)."""
+    boot = boot_id()
+    return [row for row in ledger.vms() if row.boot_id != boot or start_time(row.keeper_pid) != row.keeper_start]
+
+
+def recover(ledger: Ledger, *, only: str | None = None) -> list[Recovered]:
+    """End what is left of dirty VMs, remove their files and strike them out.
+
+    :param only: the token of the one VM to look at; all without it
+    """
+    return [_recover(ledger, row) for row in dirty(ledger) if only in (None, row.token)]
+
+
+def _recover(ledger: Ledger, row: VmRow) -> Recovered:
+    pcpus = tuple(sorted({vcpu.pcpu for vcpu in ledger.vcpus(row.id)}))
+    ended: set[int] = set()
+    left: tuple[int, ...] = ()
+    if row.boot_id == boot_id():
+        # Twice: what forked between the look and the kill is found by the second look.
+        for _ in range(50):
+            found = tree.find_by_environment("HOSTPART_RUN", row.token)
+            left = tuple(member.pid for member in tree.kill(found))
+            ended |= {member.pid for member in found} - set(left)
+            if len(found) <= len(left):
+                break
+        if row.leaf:
+            leaf = cgroup.Leaf(row.leaf)
+            leaf.kill()
+            leaf.remove()
+    if left:
+        return Recovered(row.name, pcpus, tuple(sorted(ended)), left)
+    try:
+        os.unlink(control.socket_path(ledger.directory, row.name))
+    except FileNotFoundError:
+        pass  # it was killed before it had one
+    ledger.remove_vm(row.id)
+    return Recovered(row.name, pcpus, tuple(sorted(ended)), left)
+

@@ -1,0 +1,125 @@
+"""Fixtures: a place of its own for each test, and a pCPU that no other test is using."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hostpart.cpuset import CpuSet
+from hostpart.lease import Leases
+
+# The interpreter that runs the tests has hostpart installed; `-m` would put the current directory first.
+HOSTPART = [sys.executable, "-c", "import sys; from hostpart.__main__ import main; sys.exit(main())"]
+SYSTEM_LEASES = "/sys/devices/system/cpu"
+
+
+class Place:
+    """A lease directory and a runtime directory of the test's own, and hostpart commands that use them.
+
+    :ivar env: the environment of those commands
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.leases, self.runtime = root / "leases", root / "run"
+        self.leases.mkdir()
+        self.runtime.mkdir(mode=0o700)
+        dropped = ("HOSTPART_", "NO_COLOR", "XDG_RUNTIME_DIR")
+        self.env = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+        self.env |= {"HOSTPART_LEASE_DIR": str(self.leases), "HOSTPART_RUNTIME_DIR": str(self.runtime)}
+        self.started: list[subprocess.Popen[str]] = []
+
+    def run(self, *args: str, timeout: float = 60, **more: object) -> subprocess.CompletedProcess[str]:
+        """Run one hostpart command to its end."""
+        options: dict[str, object] = {"stdin": subprocess.DEVNULL, **more}
+        return subprocess.run(  # type: ignore[call-overload,no-any-return]
+            [*HOSTPART, *args], env=self.env, capture_output=True, text=True, timeout=timeout, check=False, **options
+        )
+
+    def start(self, *args: str, **more: object) -> subprocess.Popen[str]:
+        """Start one hostpart command; what is left of it when the test ends is killed."""
+        options: dict[str, object] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
+        process = subprocess.Popen([*HOSTPART, *args], env=self.env, text=True, **options)  # type: ignore[call-overload]
+        self.started.append(process)
+        return process  # type: ignore[no-any-return]
+
+    def free(self) -> CpuSet:
+        """Return the pCPUs that nobody leases here."""
+        usable = CpuSet.of(os.sched_getaffinity(0))
+        leases = Leases(str(self.leases))
+        with leases.lock():
+            return usable - leases.survey(usable).taken
+
+    def is_clean(self) -> bool:
+        """Whether no lease, no ledger row and no socket is left."""
+        from hostpart.ledger import Ledger
+
+        with Ledger(str(self.runtime)) as ledger:
+            rows = ledger.vms()
+        usable = CpuSet.of(os.sched_getaffinity(0))
+        return not rows and self.free() == usable and not list(self.runtime.glob("*.sock"))
+
+
+def wait_until(what: object, timeout: float = 10.0) -> bool:
+    """Poll until the callable *what* is true; whether it came true in time."""
+    assert callable(what)
+    until = time.monotonic() + timeout
+    while not what():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    """A place of the test's own; processes started through it are gone afterwards."""
+    here = Place(tmp_path)
+    yield here
+    for process in here.started:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+@pytest.fixture
+def pcpu() -> Iterator[int]:
+    """A pCPU that this test has for itself on the whole host, by hostpart's own lease; never the lowest if there is another."""
+    usable = sorted(os.sched_getaffinity(0), reverse=True)
+    leases = Leases(SYSTEM_LEASES)
+    until = time.monotonic() + 300
+    while True:
+        with leases.lock(30):
+            for cpu in usable[: max(1, len(usable) - 1)]:
+                fd = leases.take(cpu)
+                if fd is not None:
+                    break
+            else:
+                cpu, fd = -1, None
+        if fd is not None:
+            break
+        if time.monotonic() > until:
+            pytest.fail("no pCPU became free in 300 s: 'hostpart ps' says who holds them")
+        time.sleep(0.05)
+    yield cpu
+    os.close(fd)
+
+
+@pytest.fixture
+def two_pcpus() -> None:
+    """Skip where the host has one usable pCPU only."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two usable pCPUs")

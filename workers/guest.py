@@ -1,0 +1,139 @@
+"""What a worker becomes: a command, executed in place, or a Python function, run in the worker."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from .vcpu import NOT_EXECUTABLE, NOT_FOUND, Order, settle_signals
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import NoReturn
+
+__all__ = ["Command", "Python"]
+
+
+class Command:
+    """A command, found in ``PATH`` as execvp(3) does and executed in the worker's place: same pid, same pin.
+
+    A file without a ``#!`` line goes to ``/bin/sh``, as with env(1) and a shell.
+    """
+
+    execs = True
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        self.argv = list(argv)
+
+    def __call__(self, order: Order) -> NoReturn:
+        settle_signals(order)
+        errno = 0
+        for path in self._candidates(order):
+            try:
+                os.execve(path, self.argv, order.environ)
+            except FileNotFoundError as error:
+                errno = errno or error.errno
+            except NotADirectoryError:
+                continue
+            except OSError as error:
+                if error.errno == 8:  # ENOEXEC
+                    os.execve("/bin/sh", ["sh", path, *self.argv[1:]], order.environ)
+                errno = error.errno if error.errno else errno
+                if errno != 13:  # EACCES: another directory of PATH may hold one that can be executed
+                    break
+        order.tell("exec", errno or 2)
+        os._exit(NOT_FOUND if errno in (0, 2) else NOT_EXECUTABLE)
+
+    def _candidates(self, order: Order) -> list[str]:
+        name = self.argv[0]
+        if "/" in name:
+            return [name]
+        return [os.path.join(folder or ".", name) for folder in os.get_exec_path(dict(order.environ))]
+
+
+class Python:
+    """A Python function, run in the worker: ``"package.module:function"``, called without arguments.
+
+    The current directory is searched first, as with ``python -m``. None or 0 is success, another whole number
+    is the exit status, anything raised is printed with its traceback and gives 1.
+    """
+
+    execs = False
+
+    def __init__(self, target: str, flush: Callable[[], None] | None = None) -> None:
+        self.target = target
+        self.flush = flush
+
+    def __call__(self, order: Order) -> NoReturn:
+        os.environ.clear()
+        os.environ.update(order.environ)
+        settle_signals(order)
+        _close_what_exec_would()
+        status = 1
+        try:
+            status = self._call()
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+            if isinstance(error.code, str):
+                print(error.code, file=sys.stderr)
+        except KeyboardInterrupt:
+            _die_of_interrupt()
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        try:
+            _finish()
+        finally:
+            os._exit(status & 0xFF)
+
+    def _call(self) -> int:
+        import importlib
+        import signal
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # A user's folder may have a package of this one's name: theirs is what they mean.
+        for name in [name for name in sys.modules if name == "workers" or name.startswith("workers.")]:
+            if not self.target.startswith("workers.probes."):
+                del sys.modules[name]
+        sys.path.insert(0, os.getcwd())
+        module, _, attribute = self.target.partition(":")
+        function = importlib.import_module(module)
+        for part in attribute.split("."):
+            function = getattr(function, part)
+        result = function()  # type: ignore[operator]
+        return int(result) if result is not None else 0
+
+
+def _close_what_exec_would() -> None:
+    import fcntl
+
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        try:
+            if fd > 2 and fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC:
+                os.close(fd)
+        except OSError:
+            continue  # the descriptor of the listing itself
+
+
+def _die_of_interrupt() -> None:
+    import signal
+
+    sys.stdout.flush()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def _finish() -> None:
+    threading = sys.modules.get("threading")
+    if threading:
+        for thread in threading.enumerate():
+            if thread is not threading.main_thread() and not thread.daemon:
+                thread.join()
+    logging = sys.modules.get("logging")
+    if logging:
+        logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()

@@ -1,0 +1,272 @@
+"""One vCPU: a forked process that pins itself, proves it, waits for START and becomes its guest.
+
+The device model's keeper calls :func:`fork` once per vCPU and talks to the child through two pipes. The
+child writes lines of at most ``PIPE_BUF`` bytes, so that lines of several vCPUs never mix::
+
+    VCPU ready PROCESSOR        pinned, and the pin was read back; PROCESSOR is where it ran
+    VCPU failed STAGE ERRNO     it gives up before START; STAGE is one of STAGES
+    VCPU exec ERRNO             the guest's command cannot be executed
+
+START is one byte, read by one worker; end of file instead of it means that there is no keeper any more.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import NoReturn
+
+__all__ = ["NOT_EXECUTABLE", "NOT_FOUND", "NOT_STARTED", "STAGES", "Order", "die_with", "fork", "prctl"]
+
+NOT_STARTED, NOT_EXECUTABLE, NOT_FOUND = 125, 126, 127  # exit statuses, as env(1) and timeout(1) have them
+STAGES = ("parent", "cgroup", "pin", "sched", "nice", "mlock", "user", "cwd", "lease")
+
+_LEASE_FD = 200  # out of the way of the descriptors that shells use by number
+_PR_SET_PDEATHSIG = 1
+_MCL_CURRENT, _MCL_FUTURE = 1, 2
+
+
+class Order:
+    """All that one vCPU's worker has to know.
+
+    :ivar vm: the VM's name
+    :ivar vcpu: its number in the VM
+    :ivar pcpus: what to pin to, Linux numbers: one, or all of the VM's for an ``smp`` guest
+    :ivar guest: runs the guest and does not return; called with this order once START came
+    :ivar environ: the guest's environment, whole
+    :ivar lease_fds: descriptors that hold this vCPU's leases, inherited by the guest
+    :ivar close_fds: descriptors of the keeper that this worker must not hold open
+    :ivar status_fd: the pipe to write lines to
+    :ivar start_fd: the pipe to read START from
+    :ivar pgrp: the process group to join (the terminal's foreground job), or None
+    :ivar stdin_fd: what to put at descriptor 0, or None to keep what is there; so for *stdout_fd*, *stderr_fd*
+    :ivar mask: signals blocked in the guest
+    :ivar ignored: signals ignored in the guest; all others have their default action
+    :ivar leaf_procs: ``cgroup.procs`` to enter, or empty
+    :ivar ids: uid, gid and supplementary groups to become, or None
+    :ivar scheduler: policy number and priority for sched_setscheduler(2), or None
+    :ivar log: called in the worker before anything else, gives the function to call before exec; or None
+    """
+
+    __slots__ = (
+        "close_fds",
+        "cwd",
+        "environ",
+        "guest",
+        "ids",
+        "ignored",
+        "leaf_procs",
+        "lease_fds",
+        "log",
+        "mask",
+        "mlock",
+        "nice",
+        "pcpus",
+        "pgrp",
+        "scheduler",
+        "start_fd",
+        "status_fd",
+        "stderr_fd",
+        "stdin_fd",
+        "stdout_fd",
+        "vcpu",
+        "vm",
+    )
+
+    def __init__(
+        self,
+        vm: str,
+        vcpu: int,
+        pcpus: frozenset[int],
+        guest: Callable[[Order], NoReturn],
+        *,
+        environ: Mapping[str, str],
+        status_fd: int,
+        start_fd: int,
+        lease_fds: Sequence[int] = (),
+        close_fds: Sequence[int] = (),
+        pgrp: int | None = None,
+        stdin_fd: int | None = None,
+        stdout_fd: int | None = None,
+        stderr_fd: int | None = None,
+        mask: frozenset[int] = frozenset(),
+        ignored: frozenset[int] = frozenset(),
+        leaf_procs: str = "",
+        cwd: str | None = None,
+        ids: tuple[int, int, Sequence[int]] | None = None,
+        scheduler: tuple[int, int] | None = None,
+        nice: int | None = None,
+        mlock: bool = False,
+        log: Callable[[], Callable[[], None]] | None = None,
+    ) -> None:
+        self.vm, self.vcpu, self.pcpus, self.guest, self.environ = vm, vcpu, pcpus, guest, environ
+        self.status_fd, self.start_fd, self.lease_fds, self.close_fds = status_fd, start_fd, lease_fds, close_fds
+        self.pgrp, self.stdin_fd, self.stdout_fd, self.stderr_fd = pgrp, stdin_fd, stdout_fd, stderr_fd
+        self.mask, self.ignored, self.leaf_procs, self.cwd = mask, ignored, leaf_procs, cwd
+        self.ids, self.scheduler, self.nice, self.mlock, self.log = ids, scheduler, nice, mlock, log
+
+    def tell(self, *words: object) -> None:
+        """Write one line to the keeper; nobody may be there to read it any more."""
+        try:
+            os.write(self.status_fd, " ".join(map(str, (self.vcpu, *words))).encode() + b"\n")
+        except OSError:
+            pass
+
+
+def prctl(option: int, argument: int) -> None:
+    """Call prctl(2), which Python does not have.
+
+    :raises OSError: as the kernel says
+    """
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, ctypes.c_ulong(argument), 0, 0, 0):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when the thread that forked it ends.
+
+    It is cleared by a change of uid and by exec of a set-uid program; call it again after the former.
+
+    :raises ProcessLookupError: where *parent* is gone already
+    """
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise ProcessLookupError(parent)
+
+
+def fork(order: Order) -> int:
+    """Fork the worker and return its pid; the caller must have one thread only.
+
+    :raises OSError: ``EAGAIN`` where no process can be had
+    """
+    keeper = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    # From here on nothing may return or raise into the keeper's frames.
+    try:
+        _work(order, keeper)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(NOT_STARTED)
+
+
+def _work(order: Order, keeper: int) -> None:
+    stage = ""
+    try:
+        stage = "parent"
+        signal.set_wakeup_fd(-1)
+        # What would reach the keeper's handlers reaches nobody here until the guest has its own.
+        signal.pthread_sigmask(signal.SIG_SETMASK, set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP})
+        die_with(keeper)
+        if order.pgrp is not None:
+            try:
+                os.setpgid(0, order.pgrp)
+            except OSError:
+                pass  # the job's group is gone: the front ended, and the keeper will see to that
+        for fd in order.close_fds:
+            os.close(fd)
+        flush = order.log() if order.log else None
+        stage = "cgroup"
+        if order.leaf_procs:
+            fd = os.open(order.leaf_procs, os.O_WRONLY | os.O_CLOEXEC)
+            os.write(fd, b"0")
+            os.close(fd)
+        stage = "pin"
+        os.sched_setaffinity(0, order.pcpus)
+        if os.sched_getaffinity(0) != order.pcpus:
+            raise OSError(22, "the mask that was read back differs")
+        processor = _processor()
+        if processor not in order.pcpus:
+            raise OSError(22, f"it runs on pCPU {processor}")
+        stage = "nice"
+        if order.nice is not None:
+            os.setpriority(os.PRIO_PROCESS, 0, order.nice)
+        stage = "sched"
+        if order.scheduler:
+            os.sched_setscheduler(0, order.scheduler[0], os.sched_param(order.scheduler[1]))
+        stage = "lease"
+        import fcntl
+
+        for fd in order.lease_fds:
+            try:
+                fcntl.fcntl(fd, fcntl.F_DUPFD, _LEASE_FD)
+            except OSError:
+                fcntl.fcntl(fd, fcntl.F_DUPFD, 10)  # the limit on descriptors is below 200
+        stage = "user"
+        if order.ids:
+            uid, gid, groups = order.ids
+            os.setgroups(groups)
+            os.setresgid(gid, gid, gid)
+            os.setresuid(uid, uid, uid)
+            die_with(keeper)
+        stage = "cwd"
+        if order.cwd is not None:
+            os.chdir(order.cwd)
+        stage = "mlock"
+        if order.mlock:
+            _lock_memory()
+        if order.log:
+            import logging
+
+            logging.getLogger("hostpart.vcpu").info("pinned to %s, runs on pCPU %d", sorted(order.pcpus), processor)
+    except OSError as error:
+        order.tell("failed", stage, error.errno or 0)
+        os._exit(NOT_STARTED)
+    order.tell("ready", processor)
+    if os.read(order.start_fd, 1) != b"S":
+        os._exit(NOT_STARTED)
+    for number, fd in enumerate((order.stdin_fd, order.stdout_fd, order.stderr_fd)):
+        if fd is not None and fd != number:
+            os.dup2(fd, number)
+    if order.log:
+        import logging
+
+        logging.getLogger("hostpart.vcpu").info("START")
+    order.guest(order) if flush is None else _run_logged(order, flush)
+
+
+def _run_logged(order: Order, flush: Callable[[], None]) -> None:
+    # The queue's feeder thread would be lost in exec together with the records it has not sent yet.
+    if getattr(order.guest, "execs", False):
+        flush()
+    order.guest(order)
+
+
+def _processor() -> int:
+    # Field 39 of stat; the command before it, in parentheses, may hold anything.
+    with open("/proc/self/stat", "rb", buffering=0) as file:
+        return int(file.read().rpartition(b")")[2].split()[36])
+
+
+def _lock_memory() -> None:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mlockall(_MCL_CURRENT | _MCL_FUTURE):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def settle_signals(order: Order) -> None:
+    """Give the guest the signal actions and the mask that the caller of hostpart had.
+
+    Python ignores SIGPIPE and SIGXFSZ; without this every guest in a pipe would outlive its reader.
+    """
+    for number in signal.valid_signals():
+        if number in (signal.SIGKILL, signal.SIGSTOP):
+            continue
+        try:
+            signal.signal(number, signal.SIG_IGN if number in order.ignored else signal.SIG_DFL)
+        except (OSError, ValueError):
+            continue  # the C library keeps two real-time signals for itself
+    signal.pthread_sigmask(signal.SIG_SETMASK, order.mask)
