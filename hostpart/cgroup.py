@@ -88,9 +88,17 @@ class Leaf:
 
     @classmethod
     def create(cls, token: str, host: Host | None = None) -> tuple[Leaf | None, str]:
-        """Make the cgroup ``hostpart-TOKEN`` below this process's own; return it and "", or ``None`` and the reason.
+        """Find the place and :meth:`make` the cgroup: return it and "", or ``None`` and the reason."""
+        leaf, reason = cls.find(token, host)
+        if leaf is not None:
+            reason = leaf.make()
+        return (leaf, "") if leaf is not None and not reason else (None, reason)
 
-        Where this process may not move its children there, nothing is made.
+    @classmethod
+    def find(cls, token: str, host: Host | None = None) -> tuple[Leaf | None, str]:
+        """Return ``hostpart-TOKEN`` below this process's own cgroup and "", or ``None`` and the reason; nothing is made.
+
+        So its path can be noted before it is there, for whoever cleans up after a kill.
 
         :param token: letters, digits, ``.``, ``_`` and ``-``; unique on this host
         :raises ValueError: for another token
@@ -105,20 +113,23 @@ class Leaf:
         # To move a process one must be allowed to write to the nearest cgroup above both places: that is our own.
         if not os.access(f"{own}/cgroup.procs", os.W_OK, effective_ids=True):
             return None, f"cgroup {own} is not delegated to this user"
-        leaf = cls(os.path.join(own, _PREFIX + token))
+        return cls(os.path.join(own, _PREFIX + token)), ""
+
+    def make(self) -> str:
+        """Make the directory; return "" or why it can't be, and nothing is left then."""
+        own = os.path.dirname(self.path)
         try:
-            os.mkdir(leaf.path)
+            os.mkdir(self.path)
         except OSError as error:
-            return None, _said(error, f"no cgroup can be made in {own}")
+            return _said(error, f"no cgroup can be made in {own}")
         try:
-            kind = leaf._read("cgroup.type").strip()
+            kind = self._read("cgroup.type").strip()
             reason = "" if kind == "domain" else f"a cgroup in {own} would be {kind!r} and hold no processes"
         except OSError as error:
-            reason = _said(error, f"{leaf.path} is not usable")
+            reason = _said(error, f"{self.path} is not usable")
         if reason:
-            leaf.remove(0)
-            return None, reason
-        return leaf, ""
+            self.remove(0)
+        return reason
 
     @property
     def procs_path(self) -> str:

@@ -67,7 +67,7 @@ class Server:
         found: list[Request] = []
         while True:
             try:
-                fd, _ = self._socket._accept()
+                fd, _ = self._socket._accept()  # type: ignore[attr-defined]
             except BlockingIOError:
                 return found
             except OSError as error:
@@ -180,7 +180,7 @@ def ask(directory: str, name: str, message: dict[str, Any], wait_s: float) -> di
         sock.close()
         os.close(folder)
     if "error" in answer:
-        error = answer["error"]
-        refusal = NotPermitted if error["exit_code"] == 4 else Failed
-        raise refusal(error["problem"], error["remedy"])
+        said = answer["error"]
+        refusal = NotPermitted if said["exit_code"] == 4 else Failed
+        raise refusal(said["problem"], said["remedy"])
     return dict(answer)

@@ -149,7 +149,7 @@ class DeviceModel:
         result = self.vhm.ioctl(hc.IC_CREATE_VCPU, buffer)
         if result < 0:
             raise self.explain(result, "IC_CREATE_VCPU")
-        return hc.CreateVcpu.unpack(buffer).pcpu_id
+        return hc.CreateVcpu.unpack(bytes(buffer)).pcpu_id
 
     def vm_call(self, request: int, name: str) -> None:
         """Make one of the ioctls that take no buffer.

@@ -14,6 +14,8 @@ import signal
 import sys
 import time
 
+from workers import crash
+
 from . import lease, recovery, tree
 from .cpuset import CpuSet
 from .errors import Failed, HostpartError
@@ -128,6 +130,7 @@ class Front:
         self._stop_on_interrupt, self._hear = stop_on_interrupt, hear
         self._started = False
         self._terminal = _foreground()
+        self._affinity = os.sched_getaffinity(0)
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED)
         adopt()
 
@@ -138,7 +141,9 @@ class Front:
         """
         channels = [keeper.channel for keeper in self.keepers if not keeper.reaped]
         try:
+            crash.point("front.start")
             pid, channel = fork_keeper(config, service, self.topology, self.caller, options, channels)
+            crash.point("front.forked")
         except OSError as error:
             raise Failed(
                 f"no keeper can be started for VM {config.name!r}: {error.strerror}",
@@ -195,6 +200,11 @@ class Front:
         for keeper in self.keepers:
             keeper.channel.close()
         _take_back(self._terminal)
+        os.sched_setaffinity(0, self._affinity)
+        # What was sent meanwhile has been heard: it must not be met a second time now.
+        while signal.sigtimedwait(_WAITED, 0) is not None:
+            continue
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
     # -- inside ----------------------------------------------------------------------------------------
 
@@ -224,6 +234,7 @@ class Front:
             kept = frozenset(CpuSet.parse(message["kept"]))
             if kept:
                 os.sched_setaffinity(0, kept)
+        crash.point(f"front.{event}")
         keeper.over = keeper.over or event in ("ended", "error", "cancelled")
         self._hear(keeper, message)
 
@@ -233,6 +244,7 @@ class Front:
         keeper.reaped = True
         if keeper.over:
             return
+        crash.point("front.lost")
         # Killed: its workers died with it, and the orphans of its guest are this process's children now.
         keeper.over = True
         left = self._end_orphans()

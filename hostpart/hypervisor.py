@@ -11,6 +11,8 @@ import errno
 import os
 import struct
 
+from workers import crash
+
 from . import hypercall as hc
 from . import lease
 from .allocator import POLICIES, SMT_MODES, Placement, Request, Supply, place, rest_count
@@ -164,6 +166,7 @@ class Hypervisor:
         vm.vcpus[vcpu_id] = vcpu
         try:
             vcpu.pid = self._boot(vm, vcpu)
+            crash.point("hypervisor.forked")
             vcpu.start = start_time(vcpu.pid) or 0
             self.ledger.add_vcpu(
                 VcpuRow(vm.row.id, vcpu_id, pcpu, int(vm.service), vcpu.pid, vcpu.start, vcpu.state)
@@ -233,6 +236,7 @@ class Hypervisor:
         if wish.pcpus and len(wish.pcpus) != wish.vcpu_num:
             return -errno.EINVAL
         with self.leases.lock():
+            crash.point("hypervisor.locked")
             self._forget()
             vm = self._take(wish, row)
         self.vms[vm.vmid] = vm
@@ -262,12 +266,14 @@ class Hypervisor:
                         "run it again",
                     )
                 vm.leases[cpu] = fd
+            crash.point("hypervisor.leased")
             for cpu in (supply.host & self.topology.usable) - (CpuSet.of(wish.reserve) - CpuSet.of(wish.keep)):
                 fd = self.leases.keep(cpu)
                 if fd is not None:
                     vm.kept[cpu] = fd
             vm.row = row.replace(id=self.ledger.add_vm(row))
             vm.vmid = vm.row.id
+            crash.point("hypervisor.entered")
         except BaseException:
             self._let_go(vm)
             raise
@@ -311,6 +317,7 @@ class Hypervisor:
             lease.release(fd)
         vm.leases.clear()
         vm.kept.clear()
+        crash.point("hypervisor.freed")
         if vm.vmid > 0:
             self.ledger.remove_vm(vm.row.id)
             self.vms.pop(vm.vmid, None)
@@ -331,7 +338,7 @@ class Hypervisor:
         if pcpu is None:
             return -errno.ENOSPC
         self.create_vcpu(vm, wish.vcpu_id, pcpu)
-        hc.copy_to_user(param, hc.CreateVcpu(wish.vcpu_id, pcpu).pack())
+        hc.copy_to_user(param, bytes(hc.CreateVcpu(wish.vcpu_id, pcpu).pack()))
         return 0
 
     def _start_vm(self, vmid: int) -> int:

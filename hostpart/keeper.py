@@ -12,6 +12,7 @@ import select
 import signal
 import time
 
+from workers import crash
 from workers.vcpu import prctl
 
 from . import __version__, cgroup, control, evidence, recovery, tree
@@ -38,6 +39,7 @@ __all__ = ["Options", "adopt", "fork_keeper", "ignore_terminal"]
 PERIOD_S = 0.25  # between two looks at the guest; the evidence states it
 _READY_WAIT_S = 30.0
 _STOP_GRACE_S = 5.0
+_DRAIN_S = 2.0  # for all workers' log records together, where nobody reads stderr
 _PR_SET_CHILD_SUBREAPER = 36
 # What a terminal or a shell sends to a job is for the front and the guests.
 _IGNORED = (signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGHUP, signal.SIGPIPE)
@@ -170,6 +172,7 @@ class Keeper:
         self._wake_r, self._wake_w = ignore_terminal()
         signal.signal(signal.SIGTERM, self._on_term)
         adopt()
+        crash.point("keeper.born")
 
     def _on_term(self, *_: object) -> None:
         self._stopping = True
@@ -184,15 +187,19 @@ class Keeper:
             0, self.config.name, 0, self.model.token, boot_id(), "INIT", self.config.vcpus, _guest_text(self.config),
             os.getpid(), start_time(os.getpid()) or 0, self.front_pid, time.time(), log=self.options.log,
         )  # fmt: skip
-        leaf, self.no_leaf = cgroup.Leaf.create(self.model.token)
-        self.model.leaf = leaf
+        # Where the leaf will be is in the ledger before the leaf is there: killed in between, it is found and removed.
+        leaf, self.no_leaf = cgroup.Leaf.find(self.model.token)
         if leaf is not None:
             row = row.replace(leaf=leaf.path)
         self.model.hypervisor.announce(row)
         self._get_pcpus()
         vm = self.model.vm
+        if leaf is not None:
+            self.no_leaf = leaf.make()
+            self.model.leaf = None if self.no_leaf else leaf
         # The supervisor's own work is the service VM's: it goes where that one stays.
         os.sched_setaffinity(0, vm.kept or self.topology.usable)
+        crash.point("keeper.leased")
         self.server = control.Server(self.ledger.directory, self.config.name)
         self.model.close_also(self.server.fileno())
         placement = vm.placement
@@ -209,7 +216,9 @@ class Keeper:
         for vcpu_id in range(vm.vcpu_num):
             self.model.vm_create_vcpu(vcpu_id)
         self.model.all_forked()
+        crash.point("keeper.forked")
         self._await_ready()
+        crash.point("keeper.ready")
         for pid, vcpus in self.model.pids.items():
             pins = CpuSet.of(vcpu.pcpu for vcpu in vcpus)
             record = evidence.VcpuRecord(self.config.name, vcpus[0].vcpu_id, pins, pid, self.config.guest.kind)
@@ -226,6 +235,7 @@ class Keeper:
             self._await_word()
         self.started = time.time()
         self.model.vm_start()
+        crash.point("keeper.started")
 
     def _forget(self) -> None:
         for found in recovery.recover(self.ledger):
@@ -477,15 +487,20 @@ class Keeper:
         self._finish_tree()
         if model.vhm.vmid is not None:
             self._final = self._document(time.time())
-            model.vm_destroy()
+        # The row is struck out last: as long as there is something to find, it says where.
         if model.leaf is not None:
             model.leaf.remove()
         if self.server is not None:
             self.server.close()
+        crash.point("keeper.ended")
+        if model.vhm.vmid is not None:
+            model.vm_destroy()
+        crash.point("keeper.destroyed")
         for request in self._waiters:
             request.reply({"state": "OFFLINE"})
+        until = time.monotonic() + _DRAIN_S
         for log in model.logs:
-            log.drain()
+            log.drain(max(0.0, until - time.monotonic()))
         self.ledger.close()
 
     def _finish_tree(self) -> None:

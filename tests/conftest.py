@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import hostpart
+import workers
 from hostpart.cpuset import CpuSet
 from hostpart.lease import Leases
 
@@ -26,6 +30,8 @@ class Place:
     :ivar env: the environment of those commands
     """
 
+    command = HOSTPART
+
     def __init__(self, root: Path) -> None:
         self.leases, self.runtime = root / "leases", root / "run"
         self.leases.mkdir()
@@ -39,13 +45,13 @@ class Place:
         """Run one hostpart command to its end."""
         options: dict[str, object] = {"stdin": subprocess.DEVNULL, **more}
         return subprocess.run(  # type: ignore[call-overload,no-any-return]
-            [*HOSTPART, *args], env=self.env, capture_output=True, text=True, timeout=timeout, check=False, **options
+            [*self.command, *args], env=self.env, capture_output=True, text=True, timeout=timeout, check=False, **options
         )
 
     def start(self, *args: str, **more: object) -> subprocess.Popen[str]:
         """Start one hostpart command; what is left of it when the test ends is killed."""
         options: dict[str, object] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
-        process = subprocess.Popen([*HOSTPART, *args], env=self.env, text=True, **options)  # type: ignore[call-overload]
+        process = subprocess.Popen([*self.command, *args], env=self.env, text=True, **options)  # type: ignore[call-overload]
         self.started.append(process)
         return process  # type: ignore[no-any-return]
 
@@ -77,10 +83,7 @@ def wait_until(what: object, timeout: float = 10.0) -> bool:
     return True
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    """A place of the test's own; processes started through it are gone afterwards."""
-    here = Place(tmp_path)
+def _ended(here: Place) -> Iterator[Place]:
     yield here
     for process in here.started:
         if process.poll() is None:
@@ -93,6 +96,48 @@ def place(tmp_path: Path) -> Iterator[Place]:
         for stream in (process.stdin, process.stdout, process.stderr):
             if stream is not None:
                 stream.close()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    """A place of the test's own; processes started through it are gone afterwards."""
+    yield from _ended(Place(tmp_path))
+
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def nobodys_place(tmp_path: Path) -> Iterator[Place]:
+    """As *place*, with every command run by uid 65534, which owns the directories.
+
+    The interpreter of the tests may lie where that user cannot go; then the system's runs a copy of the source.
+    """
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become another user")
+    become = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    root = Path(tempfile.mkdtemp(prefix="hostpart-nobody-"))  # tmp_path is below a directory of mode 0700
+    try:
+        source = root / "source"
+        for package in (hostpart, workers):
+            folder = Path(str(package.__file__)).parent
+            shutil.copytree(folder, source / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
+        root.chmod(0o755)
+        main = f"import sys; sys.path.insert(0, {str(source)!r}); from hostpart.__main__ import main; sys.exit(main())"
+        for python in (sys.executable, "/usr/bin/python3"):
+            command = [*become, python, "-B", "-c"]
+            wanted = "import sys; sys.exit(sys.version_info < (3, 11))"
+            if subprocess.run([*command, wanted], capture_output=True, check=False).returncode == 0:
+                break
+        else:
+            pytest.skip("needs a Python 3.11 that uid 65534 may execute")
+        here = Place(root)
+        here.command = [*command, main]
+        for folder in (here.leases, here.runtime):
+            os.chown(folder, NOBODY, NOBODY)
+        yield from _ended(here)
+    finally:
+        shutil.rmtree(root)
 
 
 @pytest.fixture

@@ -249,6 +249,16 @@ def test_a_leaf_that_is_gone_says_so_and_raises_nothing(leaf: Leaf) -> None:
     assert "can't be written" in leaf.enter(os.getpid())
 
 
+def test_frozen_is_what_the_kernel_says_not_what_was_written(tmp_path: Path) -> None:
+    # Files that stand in for a cgroup with a task that does not stop.
+    (tmp_path / "cgroup.freeze").write_text("0")
+    (tmp_path / "cgroup.events").write_text("populated 1\nfrozen 0\n")
+    assert not Leaf(str(tmp_path)).freeze(0.01)
+    (tmp_path / "cgroup.events").write_text("populated 1\nfrozen 1\n")
+    assert Leaf(str(tmp_path)).freeze(0.01)
+    assert (tmp_path / "cgroup.freeze").read_text() == "1"
+
+
 def test_the_same_token_twice_is_refused(leaf: Leaf) -> None:
     token = os.path.basename(leaf.path).removeprefix("hostpart-")
     again, reason = Leaf.create(token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -28,22 +29,20 @@ class Command:
 
     def __call__(self, order: Order) -> NoReturn:
         settle_signals(order)
-        errno = 0
+        number = errno.ENOENT
         for path in self._candidates(order):
             try:
                 os.execve(path, self.argv, order.environ)
-            except FileNotFoundError as error:
-                errno = errno or error.errno
-            except NotADirectoryError:
-                continue
             except OSError as error:
-                if error.errno == 8:  # ENOEXEC
+                if error.errno == errno.ENOEXEC:
                     os.execve("/bin/sh", ["sh", path, *self.argv[1:]], order.environ)
-                errno = error.errno if error.errno else errno
-                if errno != 13:  # EACCES: another directory of PATH may hold one that can be executed
+                if error.errno in (errno.ENOENT, errno.ENOTDIR) and "/" not in self.argv[0]:
+                    continue
+                number = error.errno or errno.ENOENT
+                if number != errno.EACCES:  # else another directory of PATH may hold one that can be executed
                     break
-        order.tell("exec", errno or 2)
-        os._exit(NOT_FOUND if errno in (0, 2) else NOT_EXECUTABLE)
+        order.tell("exec", number)
+        os._exit(NOT_FOUND if number == errno.ENOENT else NOT_EXECUTABLE)
 
     def _candidates(self, order: Order) -> list[str]:
         name = self.argv[0]
@@ -69,7 +68,8 @@ class Python:
         os.environ.clear()
         os.environ.update(order.environ)
         settle_signals(order)
-        _close_what_exec_would()
+        if order.log is None:
+            _close_what_exec_would()  # else one of them is the log's pipe
         status = 1
         try:
             status = self._call()

@@ -35,7 +35,7 @@ class _Target(logging.Handler):
                 handler.handle(record)
 
 
-class _Pipe(MultiProcessingHandler):
+class _Pipe(MultiProcessingHandler):  # type: ignore[misc]
     # The package's own constructor starts the receiver thread at once and takes a queue of the interpreter's
     # default start method; here the queue comes first, then the fork, then the thread.
     def __init__(self, name: str, target: logging.Handler, queue: multiprocessing.Queue[logging.LogRecord], receive: bool) -> None:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import os
 import signal
 
+from . import crash
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -169,6 +171,7 @@ def _work(order: Order, keeper: int) -> None:
         # What would reach the keeper's handlers reaches nobody here until the guest has its own.
         signal.pthread_sigmask(signal.SIG_SETMASK, set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP})
         die_with(keeper)
+        crash.point("worker.born")
         if order.pgrp is not None:
             try:
                 os.setpgid(0, order.pgrp)
@@ -184,6 +187,7 @@ def _work(order: Order, keeper: int) -> None:
             os.close(fd)
         stage = "pin"
         os.sched_setaffinity(0, order.pcpus)
+        crash.point("worker.pinned")
         if os.sched_getaffinity(0) != order.pcpus:
             raise OSError(22, "the mask that was read back differs")
         processor = _processor()
@@ -224,11 +228,12 @@ def _work(order: Order, keeper: int) -> None:
         order.tell("failed", stage, error.errno or 0)
         os._exit(NOT_STARTED)
     order.tell("ready", processor)
+    crash.point("worker.ready")
     if os.read(order.start_fd, 1) != b"S":
         os._exit(NOT_STARTED)
-    for number, fd in enumerate((order.stdin_fd, order.stdout_fd, order.stderr_fd)):
-        if fd is not None and fd != number:
-            os.dup2(fd, number)
+    for number, given in enumerate((order.stdin_fd, order.stdout_fd, order.stderr_fd)):
+        if given is not None and given != number:
+            os.dup2(given, number)
     if order.log:
         import logging
 

@@ -12,7 +12,7 @@ from ..device_model import Caller
 from ..errors import HostpartError, UsageError
 from ..front import Front, Interrupted, Running, exit_code, say
 from ..host import Host
-from ..launch import Launch, plan, supply_now
+from ..launcher import Launch, plan, supply_now
 from ..lease import Leases
 from ..ledger import runtime_directory
 from ..topology import Topology, read_topology
@@ -195,17 +195,19 @@ class _Teller:
         if self.json:
             self._print_json({"event": "booted", "vm": "vm0", "kept": message["kept"], "vcpus": message["vcpus"]})
             return
-        source = "as the MADT lists them" if message["madt"] else "as sysfs lists them; the MADT could not be read"
+        source = "as the MADT lists them" if message["madt"] else "as sysfs lists them"
         self._print(f"service VM booted with {len(pcpus)} vCPUs on pCPU {pcpus}, {source}")
         astray = [vcpu for vcpu in message["vcpus"] if vcpu["ran_on"] != vcpu["pcpu"]]
         self._print(f"each vCPU read its pin back and ran there: {'no' if astray else 'yes'}")
-        for sentence in self.topology.disagreements:
-            say(f"MADT and sysfs disagree: {sentence}")
+        for doubt in self.topology.doubts:
+            say(f"sysfs alone says which pCPUs there are: {doubt}")
 
     def _released(self, message: dict[str, Any]) -> None:
+        if not message["pcpus"]:
+            return  # all of it had been released with an earlier VM's
         if self.json:
             self._print_json({"event": "released", "vm": "vm0", "pcpus": message["pcpus"]})
-        elif message["pcpus"]:
+        else:
             self._print(f"service VM released pCPU {message['pcpus']}")
 
     def _evidence(self) -> None:

@@ -10,7 +10,7 @@ from ..config import load_scenario
 from ..cpuset import CpuSet
 from ..errors import UsageError
 from ..host import Host
-from ..launch import plan, supply_now
+from ..launcher import plan, supply_now
 from ..lease import Leases
 from ..topology import Topology, read_topology
 from . import options

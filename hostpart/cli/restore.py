@@ -9,6 +9,10 @@ from ..lease import Leases
 from ..ledger import Ledger
 from ..recovery import dirty, recover
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
 __all__ = ["add", "run"]
 
 
@@ -40,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print(args: argparse.Namespace, rows: list[dict[str, object]], sentence: str) -> None:
+def _print(args: argparse.Namespace, rows: Sequence[Mapping[str, object]], sentence: str) -> None:
     if args.json:
         import json
 

@@ -5,27 +5,33 @@ All VMs are READY before any guest starts; if one cannot be, none has run and no
 
 from __future__ import annotations
 
+import os
+
 from .allocator import Request, place_all
 from .cpuset import CpuSet
+from .device_model import Caller
 from .errors import DoesNotFit
+from .front import Front, Interrupted
+from .host import Host
 from .hypercall import CreateVm
 from .hypervisor import Hypervisor
 from .isolation import Isolation, reach
 from .keeper import Options
 from .lease import Leases
 from .service_vm import NAME, fork_service_vm
+from .topology import read_topology
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Any
 
     from .allocator import Placement, Supply
     from .config import Scenario, ServiceVm, VmConfig
-    from .device_model import Caller
-    from .front import Front, Running
+    from .front import Running
     from .topology import Topology
 
-__all__ = ["Launch", "plan", "requests_of", "supply_now"]
+__all__ = ["Launch", "launch", "plan", "requests_of", "supply_now"]
 
 
 def requests_of(scenario: Scenario) -> dict[str, Request]:
@@ -157,3 +163,30 @@ class Launch:
     def _in_order(self) -> list[VmConfig]:
         # As the allocator's place_all: explicit lists, then counts, then the one that takes the rest.
         return sorted(self.scenario.vms, key=lambda vm: (not vm.pcpus, not vm.pcpus and not vm.vcpus))
+
+
+def launch(scenario: Scenario, *, wait_s: float | None = None) -> dict[str, dict[str, Any]]:
+    """Run a scenario to its end and return each VM's evidence, by name; the guests have this process's terminal.
+
+    The calling process is the front meanwhile: SIGINT and SIGTERM end the guests and raise :exc:`~hostpart.front.Interrupted`.
+
+    :param wait_s: how long to queue for pCPUs; None: not at all
+    :raises HostpartError: why it could not be run, or not to its end; nothing is left then
+    :raises RuntimeError: where this process has more than one thread, since it forks
+    """
+    if len(os.listdir("/proc/self/task")) > 1:
+        raise RuntimeError("hostpart forks its workers, and this process has threads: call it from a process with one")
+    caller = Caller()
+    front = Front(read_topology(Host(), madt=True), caller, stop_on_interrupt=True)
+    one = Launch(scenario, front, {vm.name: caller for vm in scenario.vms}, wait_s)
+    try:
+        one.start()
+        one.wait()
+    finally:
+        one.end()
+    if front.stopped_by is not None:
+        raise Interrupted(front.stopped_by)
+    for keeper in one.vms:
+        if keeper.error is not None:
+            raise keeper.error
+    return {keeper.name: keeper.said["ended"]["evidence"] for keeper in one.vms}
