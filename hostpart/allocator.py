@@ -248,8 +248,7 @@ class _Offer:
     """What one request may choose from, in layers: a layer is touched when those before it are used up.
 
     :ivar unit: a count must be a multiple of it
-    :ivar layers: what is wrong with them ("host": their cores are the host's too; "avoid"), and the
-        pCPUs, ascending
+    :ivar layers: whether they are to be avoided, and the pCPUs, ascending
     :ivar cores: under ``whole``, the cores that are free
     :ivar total: the pCPUs of all layers
     """
@@ -262,9 +261,9 @@ class _Offer:
             allowed &= machine.kinds.get(request.kind, CpuSet())
         avoid = allowed & supply.avoid
         self.cores: list[int] = []
-        self.layers: list[tuple[str, list[int]]]
+        self.layers: list[tuple[bool, list[int]]]
         if request.smt == "shared":
-            self.layers = [("", _cpus(allowed - avoid)), ("avoid", _cpus(avoid))]
+            self.layers = [(False, _cpus(allowed - avoid)), (True, _cpus(avoid))]
         elif request.smt == "whole":
             self._offer_cores(allowed, avoid)
         else:
@@ -287,7 +286,7 @@ class _Offer:
                 self.cores.append(core)
         good = [cpu for core in self.cores if core not in shunned for cpu in machine.cores[core]]
         bad = [cpu for core in self.cores if core in shunned for cpu in machine.cores[core]]
-        self.layers = [("", sorted(good)), ("avoid", sorted(bad))]
+        self.layers = [(False, sorted(good)), (True, sorted(bad))]
 
     def _offer_exclusive(self, allowed: CpuSet, avoid: CpuSet, supply: Supply) -> None:
         machine = self.machine
@@ -298,7 +297,7 @@ class _Offer:
             hosts[machine.core_of[cpu]] = 1
         # A task pinned to the same pCPU takes turns with the guest; one on the sibling only shares
         # its core. So the host's cores come before pCPUs to avoid.
-        self.layers = [("", []), ("host", []), ("avoid", []), ("avoid", [])]
+        self.layers = [(False, []), (False, []), (True, []), (True, [])]
         for base, cpus in ((0, allowed - avoid), (2, avoid)):
             for cpu in _cpus(cpus):
                 core = machine.core_of[cpu]
@@ -337,7 +336,7 @@ class _Offer:
 
     @property
     def rest(self) -> int:
-        """How many there are without a blemish, or where that is nothing, with the smallest."""
+        """How many the first layer has."""
         if not self.layers:
             return 0
         first = len(self.layers[0][1])
@@ -352,7 +351,7 @@ class _Offer:
             return self._choose_cores(count)
         chosen: list[int] = []
         why: list[str] = []
-        for blemish, cpus in self.layers:
+        for avoided, cpus in self.layers:
             need = count - len(chosen)
             if need <= 0:
                 break
@@ -361,7 +360,7 @@ class _Offer:
                 picked, how = _by_policy(self.machine, cpus, need, self.request)
                 why += how
             chosen += picked
-            if blemish == "avoid":
+            if avoided:
                 why.append(f"tasks of others are pinned to pCPU {_cpuset(picked)}, but nothing else was left")
         return chosen, why
 
@@ -379,9 +378,9 @@ class _Offer:
             if fitting is not None:
                 chosen = fitting
                 break
-        avoided = [cpu for blemish, pool in self.layers if blemish for cpu in pool]
-        if avoided and set(chosen) & set(avoided):
-            cores = _cpuset(set(chosen) & set(avoided))
+        shunned = {cpu for avoided, pool in self.layers if avoided for cpu in pool}
+        if shunned.intersection(chosen):
+            cores = _cpuset(shunned.intersection(chosen))
             why.append(f"tasks of others are pinned to the cores of pCPU {cores}, but nothing else was left")
         return chosen, why
 

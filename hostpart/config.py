@@ -8,7 +8,6 @@ directory exists, for the launch.
 from __future__ import annotations
 
 import os
-import re
 
 from .allocator import POLICIES, SMT_MODES, Request
 from .cpuset import MAX_CPUS, CpuSet
@@ -54,9 +53,7 @@ MAX_BYTES = 1 << 20  # of one scenario file
 
 _MAX_FAULTS = 100  # a file with more is no scenario, and a longer list helps nobody
 _EXAMPLES = os.path.join(os.path.dirname(__file__), "examples")
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
-_BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,60}", re.ASCII)
-_SCHED = re.compile(r"([a-z]+)(?::([0-9]{1,2}))?", re.ASCII)
+_LOWER, _DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
 
 
 class Guest(Value):
@@ -141,7 +138,7 @@ def check_name(name: str) -> str:
 
     :raises ValueError: saying what a name may look like
     """
-    if not _NAME.fullmatch(name):
+    if not 0 < len(name) <= 63 or name[0] in "._-" or name.strip(_LOWER + _DIGITS + "._-"):
         raise ValueError(
             "a VM's name has 1 to 63 of a-z, 0-9, '.', '_' and '-', and starts with a letter or digit, "
             f"got {_shown(name)}"
@@ -159,12 +156,12 @@ def parse_sched(text: str) -> tuple[str, int]:
 
     Source: sched(7), "Scheduling policies".
     """
-    found = _SCHED.fullmatch(text)
-    if not found or found[1] not in SCHED_POLICIES:
+    policy, colon, number = text.partition(":")
+    if policy not in SCHED_POLICIES or (colon and not (0 < len(number) <= 2 and not number.strip(_DIGITS))):
         raise ValueError(f"want other, batch, idle, fifo:N or rr:N with N from 1 to 99, got {_shown(text)}")
-    policy, priority = found[1], int(found[2] or 0)
+    priority = int(number or 0)
     if policy not in ("fifo", "rr"):
-        if found[2]:
+        if number:
             raise ValueError(f"{policy} takes no priority, got {_shown(text)}; want {policy} alone, or fifo:N or rr:N")
     elif not priority:
         raise ValueError(f"{policy} needs a priority from 1 to 99, such as {policy}:50, got {_shown(text)}")
@@ -540,7 +537,8 @@ def _nearest(key: str, known: list[str]) -> str:
 
 
 def _quoted_key(key: str) -> str:
-    return key if _BARE_KEY.fullmatch(key) else _shown(key)
+    bare = 0 < len(key) <= 60 and not key.strip(_LOWER + _LOWER.upper() + _DIGITS + "_-")
+    return key if bare else _shown(key)
 
 
 def _shown(value: object) -> str:

@@ -11,8 +11,10 @@ import errno
 import os
 import stat
 import struct
+import time
 
 from .errors import Failed, HostpartError, NotPermitted, UnknownVm
+from .lease import Holder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Request", "Server", "ask", "names", "socket_path"]
 
 _MAX_REQUEST = 4096
+_LOOK_AGAIN_S = 1.0
 _SUFFIX = ".sock"
 
 
@@ -146,6 +149,25 @@ def _read(connection: _socket.socket) -> Request | None:
     return Request(connection, message)
 
 
+def _answer(sock: _socket.socket, name: str, pid: int, until: float) -> bytes:
+    # A stopped keeper answers nobody, however long the wait.
+    data = b""
+    while True:
+        try:
+            part = sock.recv(1 << 16)
+        except TimeoutError:
+            if Holder.of(pid).stopped:
+                raise Failed(
+                    f"the keeper of VM {name!r} (pid {pid}) is stopped and does not answer", f"let it go on with 'kill -CONT {pid}'"
+                ) from None
+            if time.monotonic() >= until:
+                raise
+            continue
+        if not part:
+            return data
+        data += part
+
+
 def ask(directory: str, name: str, message: dict[str, Any], wait_s: float) -> dict[str, Any]:
     """Ask the keeper of the VM *name* and return its answer.
 
@@ -158,21 +180,18 @@ def ask(directory: str, name: str, message: dict[str, Any], wait_s: float) -> di
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
     folder = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        sock.settimeout(wait_s)
+        sock.settimeout(min(wait_s, _LOOK_AGAIN_S))
         sock.connect(f"/proc/self/fd/{folder}/{name}{_SUFFIX}")
         sock.sendall(json.dumps(message).encode() + b"\n")
-        data = b""
-        while part := sock.recv(1 << 16):
-            data += part
-        answer = json.loads(data)
+        pid, _, _ = struct.unpack("3i", sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12))
+        answer = json.loads(_answer(sock, name, pid, time.monotonic() + wait_s))
     except (FileNotFoundError, ConnectionRefusedError):
         raise UnknownVm(name, names(directory)) from None
     except PermissionError:
         raise NotPermitted(f"VM {name!r} is another user's", "ask its owner, or root") from None
     except TimeoutError:
         raise Failed(
-            f"the keeper of VM {name!r} did not answer within {wait_s:g} s",
-            f"see whether it is stopped: 'hostpart show {name}'; 'kill -CONT' lets it go on",
+            f"the keeper of VM {name!r} did not answer within {wait_s:g} s", "see 'uptime' and 'hostpart ps', and run it again"
         ) from None
     except (OSError, ValueError) as error:
         raise Failed(f"the keeper of VM {name!r} broke off ({error})", "run 'hostpart ps' to see whether it is still there") from None

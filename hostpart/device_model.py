@@ -14,7 +14,7 @@ from workers import vcpu as worker
 from workers.guest import Command, Python
 
 from . import hypercall as hc
-from . import lease, procfs, tree
+from . import lease, memlock, tree
 from .allocator import POLICIES, SMT_MODES
 from .cpuset import CpuSet
 from .errors import Failed, HostpartError, NotPermitted, UsageError
@@ -57,9 +57,7 @@ class Caller:
         self.pgrp: int | None = os.getpgrp()
         self.mask = frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
         own = (signal.SIGPIPE, signal.SIGXFSZ)
-        self.ignored = frozenset(
-            number for number in signal.valid_signals() if number not in own and signal.getsignal(number) == signal.SIG_IGN
-        )
+        self.ignored = worker.dispositions()[0] - {*own}
         self.stdin_fd: int | None = None
         self.stdout_fd: int | None = None
         self.stderr_fd: int | None = None
@@ -91,6 +89,11 @@ class DeviceModel:
         self.exec_errors: dict[int, int] = {}
         self._close_fds = list(close_fds)
         self._ids = _ids(config)
+        if config.mlock and config.guest.kind != "python" and not memlock.SUPPORTED:
+            raise UsageError(
+                f"locking a command's memory is not known how to do on {os.uname().machine}",
+                "have the command call mlockall(2) itself, or use a python guest",
+            )
         self._null = -1
         self._status_r, self._status_w = os.pipe2(os.O_CLOEXEC)
         self._start_r, self._start_w = os.pipe2(os.O_CLOEXEC)
@@ -291,6 +294,19 @@ class DeviceModel:
         os.close(self._start_r)
         self._start_w = -1
 
+    def lock_memory(self) -> None:
+        """Lock the memory of commands that were started with ``mlock``, before their first instruction.
+
+        :raises HostpartError: where the kernel refuses; none of their instructions has run in that case
+        """
+        if not self.config.mlock or self.config.guest.kind == "python":
+            return  # a Python guest has locked its own
+        for pid, vcpus in self.pids.items():
+            number = memlock.lock_at_exec(pid)
+            if number:
+                os.kill(pid, signal.SIGKILL)
+                raise refused(self.config, vcpus[0].vcpu_id, vcpus[0].pcpu, "mlock", number)
+
     def cancel(self) -> None:
         """Let workers that wait for START go: end of file tells them."""
         if self._start_w >= 0:
@@ -346,12 +362,12 @@ class DeviceModel:
             self.statuses[vcpu.vcpu_id] = status
             self.hypervisor.vcpu_ended(self.vm, vcpu)
 
-    def leases_lost(self) -> list[int]:
-        """Return the pCPUs whose lease somebody let go (``flock -u`` on an inherited descriptor), and take them again."""
+    def leases_lost(self) -> tuple[CpuSet, CpuSet]:
+        """Return the pCPUs whose lease somebody let go (``flock -u`` on an inherited descriptor), and those of them
+        that could not be taken again, because somebody else has them now."""
         lost = [pcpu for pcpu, fd in self.vm.leases.items() if not lease.is_locked(fd)]
-        for pcpu in lost:
-            lease.relock(self.vm.leases[pcpu])
-        return lost
+        gone = [pcpu for pcpu in lost if not lease.relock(self.vm.leases[pcpu])]
+        return CpuSet.of(lost), CpuSet.of(gone)
 
     def vm_destroy(self) -> None:
         """Destroy the VM once all its workers have ended: vCPUs unbound, pCPUs freed, the ledger's rows struck out."""
@@ -377,6 +393,9 @@ def _ids(config: VmConfig) -> tuple[int, int, list[int]] | None:
     except KeyError:
         if not (config.user or "").isdigit():
             raise UsageError(f"there is no user {config.user!r}", "see 'getent passwd'") from None
+        if config.group is None:
+            # Its group would stay the caller's, and that is root's.
+            raise UsageError(f"user {config.user} has no entry, so its group is not known", "give its group too, with --group") from None
         uid = int(config.user or 0)
         groups = []
     try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,6 +19,7 @@ __all__ = [
     "NotPermitted",
     "UnknownVm",
     "UsageError",
+    "worded",
 ]
 
 
@@ -128,3 +132,18 @@ class DoesNotFit(HostpartError):
     @property
     def remedy(self) -> str:
         return self.fits
+
+
+def worded(error: OSError) -> HostpartError:
+    """Return what the kernel refused as an error with a remedy, by its errno."""
+    if error.errno == errno.EAGAIN:
+        return Failed(
+            "no process can be had for a worker: the limit on processes is reached (EAGAIN)",
+            "raise it with 'ulimit -u', or end some processes: 'ps -u $USER'",
+        )
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return Failed(
+            f"no file descriptor is left ({os.strerror(error.errno)})", "raise the limit: 'ulimit -n 4096', and run it again"
+        )
+    where = f": {error.filename!r}" if error.filename else ""
+    return Failed(f"{error.strerror or error}{where}", "see the message, mend what it names and run it again")

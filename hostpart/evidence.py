@@ -46,6 +46,7 @@ __all__ = [
 
 # A look is late when it comes this many periods, and this many seconds, after the one before.
 _LATE_PERIODS, _LATE_S = 5, 0.5
+_PIDS_TOLD = 5  # a reason is a sentence
 
 
 class Look(Value):
@@ -352,7 +353,7 @@ def verdict(
             gap = f"{record.longest_gap_s:.1f} s, where a look every {period_s:g} s was meant"
             tainted.append(f"{_name(record)} was not looked at for {gap}")
     tainted += [
-        f"foreign processes may run on pCPU {cpu} only: pid {', '.join(map(str, pids))}"
+        f"foreign processes may run on pCPU {cpu} only: pid {_some(pids)}"
         for cpu, pids in sorted(circumstances.foreign.items())
         if pids
     ]
@@ -517,6 +518,11 @@ def _unseen(period_s: float | None, records: Sequence[VcpuRecord]) -> str:
         + ": a task whose mask was changed and changed back between two looks is not seen at this level"
         + ("; of each main thread the kernel's count of moves covers the time between." if counted else ".")
     )
+
+
+def _some(pids: Sequence[int]) -> str:
+    more = len(pids) - _PIDS_TOLD
+    return ", ".join(map(str, pids[:_PIDS_TOLD])) + (f" and {more} more" if more > 0 else "")
 
 
 def _name(record: VcpuRecord) -> str:

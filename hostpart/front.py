@@ -248,15 +248,19 @@ class Front:
         # Killed: its workers died with it, and the orphans of its guest are this process's children now.
         keeper.over = True
         left = self._end_orphans()
-        with Ledger() as ledger:
-            recovery.recover(ledger)
+        try:
+            with Ledger() as ledger:
+                recovery.recover(ledger)
+        except HostpartError as problem:
+            say(f"{problem}\ntry: {problem.remedy}")  # the other VMs go on
         if not left:
             for fd in keeper.channel.fds:
                 lease.release(fd)
             keeper.channel.fds.clear()
         keeper.error = Failed(
-            f"the keeper of VM {keeper.name!r} (pid {keeper.pid}) was killed; its guest was ended and its pCPUs are free",
-            "run it again",
+            f"the keeper of VM {keeper.name!r} (pid {keeper.pid}) was killed; "
+            + (f"{left} of its processes could not be ended" if left else "its guest was ended and its pCPUs are free"),
+            "run 'sudo hostpart restore'" if left else "run it again",
         )
         self._hear(keeper, {"event": "lost"})
 
@@ -328,10 +332,12 @@ def _take_back(terminal: tuple[int, int] | None) -> None:
     fd, pgrp = terminal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
     try:
-        if os.tcgetpgrp(fd) != pgrp:
-            os.tcsetpgrp(fd, pgrp)
+        # Only from a job that has no process left: the shell may have put this one into the background meanwhile.
+        os.killpg(os.tcgetpgrp(fd), 0)
+    except ProcessLookupError:
+        os.tcsetpgrp(fd, pgrp)
     except OSError:
-        pass  # the terminal is gone
+        pass  # it is somebody's, or the terminal is gone
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

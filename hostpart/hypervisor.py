@@ -17,8 +17,8 @@ from . import hypercall as hc
 from . import lease
 from .allocator import POLICIES, SMT_MODES, Placement, Request, Supply, place, rest_count
 from .cpuset import CpuSet
-from .errors import DoesNotFit, Failed, HostpartError
-from .ledger import NameTaken, VcpuRow, VmRow
+from .errors import DoesNotFit, HostpartError, worded
+from .ledger import LedgerUnusable, NameTaken, VcpuRow, VmRow
 from .procfs import pinned_alone, start_time
 
 TYPE_CHECKING = False
@@ -93,6 +93,8 @@ class Hypervisor:
     :param boot: starts one vCPU's worker and returns its pid
     :param forget: deals with what dead keepers left, before their pCPUs are given out again;
         called under the allocator's lock
+    :ivar refusal: why the last hypercall failed, where there is a sentence for it
+    :ivar trouble: why the ledger could not be told of an end
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Hypervisor:
         self.topology, self.leases, self.ledger = topology, leases, ledger
         self.vms: dict[int, Vm] = {}
         self.refusal: HostpartError | None = None
+        self.trouble: LedgerUnusable | None = None
         self._boot, self._forget = boot, forget
         self._papers: dict[bytes, VmRow] = {}
 
@@ -140,7 +143,7 @@ class Hypervisor:
             self.refusal = refusal
             return -errno.EIO
         except OSError as error:
-            self.refusal = _worded(error)
+            self.refusal = worded(error)
             return -(error.errno or errno.EIO)
         except (TypeError, ValueError, AttributeError):
             return -errno.EINVAL
@@ -190,7 +193,7 @@ class Hypervisor:
     def vcpu_ended(self, vm: Vm, vcpu: Vcpu) -> None:
         """Say that the vCPU's worker is no more: ZOMBIE, its pCPU still leased."""
         self.set_state(vm, vcpu, "ZOMBIE")
-        self.ledger.set_vcpu_state(vm.row.id, vcpu.vcpu_id, "ZOMBIE")
+        self._strike(self.ledger.set_vcpu_state, vm.row.id, vcpu.vcpu_id, "ZOMBIE")
 
     def destroy_vcpu(self, vm: Vm, vcpu: Vcpu) -> None:
         """Unbind a vCPU that has ended and free its pCPU.
@@ -199,7 +202,7 @@ class Hypervisor:
         """
         self.set_state(vm, vcpu, "OFFLINE")
         del vm.vcpus[vcpu.vcpu_id]
-        self.ledger.remove_vcpu(vm.row.id, vcpu.vcpu_id)
+        self._strike(self.ledger.remove_vcpu, vm.row.id, vcpu.vcpu_id)
         self.free_pcpu(vm, vcpu.pcpu)
 
     def boot_service_vm(self, row: VmRow, pcpus: tuple[int, ...]) -> Vm:
@@ -211,6 +214,13 @@ class Hypervisor:
             assert pcpu is not None  # noqa: S101 - as many as it was placed on
             self.create_vcpu(vm, vcpu_id, pcpu)
         return vm
+
+    def _strike(self, write: Callable[..., None], *values: object) -> None:
+        # What has ended has ended: a ledger that broke meanwhile keeps no guest alive and no pCPU leased. The row that stays is dirty.
+        try:
+            write(*values)
+        except LedgerUnusable as trouble:
+            self.trouble = trouble
 
     # -- hypercalls ----------------------------------------------------------------------------------
 
@@ -248,11 +258,18 @@ class Hypervisor:
     def _take(self, wish: hc.CreateVm, row: VmRow) -> Vm:
         # Look, choose, take: one step, under the allocator's lock.
         survey = self.leases.survey(self.topology.online)
+        # A guest can unlock the lease it inherited; until its keeper has seen that, the ledger still knows better.
+        bound = CpuSet.of(self.ledger.bound())
+        survey = lease.Survey(survey.taken | bound, survey.kept - bound)
         supply = self.supply_of(self.topology, wish, survey)
         request = self._request(wish)
-        if not request.count:
-            request = request.replace(count=rest_count(self.topology, supply, request))
-        placement = place(self.topology, supply, request)
+        try:
+            if not request.count:
+                request = request.replace(count=rest_count(self.topology, supply, request))
+            placement = place(self.topology, supply, request)
+        except DoesNotFit as refusal:
+            blocks = (*refusal.blocks, *self._who_holds(survey.taken))
+            raise DoesNotFit(refusal.wanted, refusal.free, blocks, refusal.fits) from None
         row = row.replace(vcpu_num=len(placement.pcpus), idle=str(placement.idle))
         vm = Vm(-1, row, placement)
         try:
@@ -267,7 +284,7 @@ class Hypervisor:
                     )
                 vm.leases[cpu] = fd
             crash.point("hypervisor.leased")
-            for cpu in (supply.host & self.topology.usable) - (CpuSet.of(wish.reserve) - CpuSet.of(wish.keep)):
+            for cpu in self.keep_of(self.topology, wish, survey):
                 fd = self.leases.keep(cpu)
                 if fd is not None:
                     vm.kept[cpu] = fd
@@ -279,22 +296,39 @@ class Hypervisor:
             raise
         return vm
 
+    def _who_holds(self, taken: CpuSet) -> list[str]:
+        # The caller's own VMs by name, from the ledger; of others' the kernel tells the process.
+        names = {vm.keeper_pid: f"VM {vm.name!r}" for vm in self.ledger.vms()}
+        held: dict[str, list[int]] = {}
+        for cpu, (holder, *_) in self.leases.holders(taken).items():
+            held.setdefault(names.get(holder.pid, str(holder)), []).append(cpu)
+        return [f"{who} holds pCPU {CpuSet.of(cpus)}" for who, cpus in held.items()]
+
     @staticmethod
     def supply_of(topology: Topology, wish: hc.CreateVm, survey: lease.Survey, *, empty: bool = False) -> Supply:
         """Say what there is to give: pCPUs of the topology by what is done with them now.
 
         :param empty: as if no user VM held anything
         """
-        usable, explicit, reserve = topology.usable, CpuSet.of(wish.pcpus), CpuSet.of(wish.reserve)
+        usable, reserve = topology.usable, CpuSet.of(wish.reserve)
         taken = CpuSet() if empty else survey.taken
-        keep = CpuSet.of(wish.keep)
-        if not keep:
-            # The lowest that can be had, but not what this VM names itself, so that `--pcpus 0` means what it says.
-            candidates = usable - taken - explicit or usable - taken
-            keep = CpuSet.of(cpu for cpu, _ in zip(candidates, range(wish.keep_count), strict=False))
-        host = (keep | survey.kept | reserve) - taken
+        host = (Hypervisor.keep_of(topology, wish, survey.replace(taken=taken)) | survey.kept | reserve) - taken
         free = usable - taken - host
         return Supply(free=free, host=host, taken=taken, avoid=CpuSet.of(pinned_alone()) & free)
+
+    @staticmethod
+    def keep_of(topology: Topology, wish: hc.CreateVm, survey: lease.Survey) -> CpuSet:
+        """Say which pCPUs the service VM keeps: those it names, else as many as it wants of those that can be had.
+
+        First those that other service VMs keep already, then the lowest; but not what this VM names itself, so that
+        ``--pcpus 0`` means what it says.
+        """
+        if wish.keep:
+            return CpuSet.of(wish.keep)
+        there = topology.usable - survey.taken
+        there = there - CpuSet.of(wish.pcpus) or there
+        in_order = (*(there & survey.kept), *(there - survey.kept))
+        return CpuSet.of(in_order[: wish.keep_count])
 
     def could_ever_fit(self, wish: hc.CreateVm) -> bool:
         """Whether the request would fit if no user VM held anything."""
@@ -313,14 +347,15 @@ class Hypervisor:
         return Request(wish.vcpu_num, wish.pcpus, POLICIES[wish.policy], SMT_MODES[wish.smt], KINDS[wish.kind])
 
     def _let_go(self, vm: Vm) -> None:
+        # Its rows first, all at once: a pCPU that can be leased again must not be bound in the ledger.
+        if vm.vmid >= 0:
+            self._strike(self.ledger.remove_vm, vm.row.id)
+            self.vms.pop(vm.vmid, None)
         for fd in (*vm.leases.values(), *vm.kept.values()):
             lease.release(fd)
         vm.leases.clear()
         vm.kept.clear()
         crash.point("hypervisor.freed")
-        if vm.vmid > 0:
-            self.ledger.remove_vm(vm.row.id)
-            self.vms.pop(vm.vmid, None)
 
     def _create_vcpu(self, vmid: int, param: Buffer) -> int:
         vm = self._vm(vmid)
@@ -345,34 +380,31 @@ class Hypervisor:
         vm = self._vm(vmid)
         alive = [vcpu for vcpu in vm.vcpus.values() if vcpu.state != "ZOMBIE"]
         if len(vm.vcpus) != vm.vcpu_num or not alive or any(vcpu.state not in ("INIT", "PAUSED") for vcpu in alive):
-            return -errno.EBUSY
+            raise OSError(errno.EBUSY, f"VM {vm.row.name!r} is not paused, and not ready to be started")
         self._all(vm, "RUNNING")
         return 0
 
     def _pause_vm(self, vmid: int) -> int:
         vm = self._vm(vmid)
         if not any(vcpu.state == "RUNNING" for vcpu in vm.vcpus.values()):
-            return -errno.EBUSY
+            raise OSError(errno.EBUSY, f"VM {vm.row.name!r} does not run, so it cannot be paused")
         self._all(vm, "PAUSED")
         return 0
 
     def _all(self, vm: Vm, state: str) -> None:
+        self.ledger.set_vm_state(vm.row.id, state)  # first: it may fail, what follows cannot
         for vcpu in vm.vcpus.values():
             if vcpu.state != "ZOMBIE":
                 self.set_state(vm, vcpu, state)
-        self.ledger.set_vm_state(vm.row.id, state)
 
     def _destroy_vm(self, vmid: int) -> int:
         vm = self._vm(vmid)
         if any(vcpu.state not in ("ZOMBIE", "OFFLINE") for vcpu in vm.vcpus.values()):
             return -errno.EBUSY
-        for vcpu in list(vm.vcpus.values()):
-            self.destroy_vcpu(vm, vcpu)
-        if vm.service:
-            self.ledger.remove_vm(vm.row.id)
-            del self.vms[vmid]
-        else:
-            self._let_go(vm)
+        for vcpu in vm.vcpus.values():
+            self.set_state(vm, vcpu, "OFFLINE")
+        vm.vcpus.clear()
+        self._let_go(vm)
         return 0
 
     def _sos_offline_cpu(self, lapicid: int) -> int:
@@ -402,16 +434,3 @@ class Hypervisor:
         hc.HC_PAUSE_VM: _pause_vm,
         hc.HC_CREATE_VCPU: _create_vcpu,
     }
-
-
-def _worded(error: OSError) -> HostpartError:
-    if error.errno == errno.EAGAIN:
-        return Failed(
-            "no process can be had for a worker: the limit on processes is reached (EAGAIN)",
-            "raise it with 'ulimit -u', or end some processes: 'ps -u $USER'",
-        )
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return Failed(
-            f"no file descriptor is left ({os.strerror(error.errno)})", "raise the limit: 'ulimit -n 4096', and run it again"
-        )
-    return Failed(f"{error.strerror or error}", "see the message, mend what it names and run it again")

@@ -19,7 +19,8 @@ from . import __version__, cgroup, control, evidence, recovery, tree
 from .channel import Channel
 from .cpuset import CpuSet
 from .device_model import Caller, DeviceModel
-from .errors import DoesNotFit, Failed, HostpartError
+from .errors import DoesNotFit, Failed, HostpartError, worded
+from .host import Host
 from .hypervisor import Hypervisor
 from .ledger import Ledger, VmRow, boot_id
 from .lease import Leases, Line
@@ -122,6 +123,7 @@ class Keeper:
     ) -> None:
         self.config, self.service, self.topology, self.options = config, service, topology, options
         self.front, self.front_pid = front, front_pid
+        self._host = Host()
         self.caller = caller
         self.model: DeviceModel
         self.ledger: Ledger
@@ -133,7 +135,8 @@ class Keeper:
         self._waiters: list[control.Request] = []
         self._notes: list[str] = []
         self._foreign: dict[int, list[int]] = {}
-        self._lost: list[int] = []
+        self._lost = CpuSet()
+        self._offline = CpuSet()
         self._drifts: dict[tuple[int, int], evidence.Drift] = {}
         self._told: set[tuple[int, int]] = set()
         self._final: dict[str, Any] = {}
@@ -157,12 +160,12 @@ class Keeper:
             code = 1
             self.front.send({"event": "error", "exit_code": error.exit_code, "problem": str(error), "remedy": error.remedy})
         except OSError as error:
-            code = 1
+            code, reason = 1, worded(error)
             self.front.send({
                 "event": "error",
                 "exit_code": 1,
-                "problem": f"the VM {self.config.name!r} could not be run: {error}",
-                "remedy": "see the message, mend what it names and run it again",
+                "problem": f"the VM {self.config.name!r} could not be run: {reason}",
+                "remedy": reason.remedy,
             })
         os._exit(code)
 
@@ -235,6 +238,7 @@ class Keeper:
             self._await_word()
         self.started = time.time()
         self.model.vm_start()
+        self.model.lock_memory()
         crash.point("keeper.started")
 
     def _forget(self) -> None:
@@ -399,10 +403,20 @@ class Keeper:
             self._drifts.setdefault((drift.pid, drift.tid), drift)
             astray.append((drift, self.model.pcpus))
         self._handle(astray)
-        lost = self.model.leases_lost()
-        if lost:
-            self._lost += [pcpu for pcpu in lost if pcpu not in self._lost]
-            self._note(f"the lease on pCPU {CpuSet.of(lost)} was let go by somebody who inherited it, and taken again")
+        lost, gone = self.model.leases_lost()
+        self._lost |= lost
+        if lost - gone:
+            self._note(f"the lease on pCPU {lost - gone} was let go by somebody who inherited it, and taken again")
+        if gone and not self._stopping:
+            # One pCPU carries one vCPU: the one that let go makes room.
+            held = self.model.hypervisor.leases.holders(gone)
+            who = "; ".join(str(holder) for cpu in gone for holder in held.get(cpu, ())) or "another user"
+            self._note(f"the lease on pCPU {gone} was let go by somebody who inherited it, and {who} has it now: the VM is ended")
+            self._stop(0.0)
+        gone_off = self.model.pcpus - CpuSet.parse(self._host.read_text("sys/devices/system/cpu/online"))
+        if gone_off - self._offline:
+            self._note(f"pCPU {gone_off - self._offline} went offline under VM {self.config.name!r}")
+        self._offline |= gone_off
         self._look_at_foreigners({member.pid for member in members})
 
     def _look_at_foreigners(self, ours: set[int]) -> None:
@@ -495,6 +509,8 @@ class Keeper:
         crash.point("keeper.ended")
         if model.vhm.vmid is not None:
             model.vm_destroy()
+            if model.hypervisor.trouble is not None:
+                self._note(f"the VM has ended, but {model.hypervisor.trouble}")
         crash.point("keeper.destroyed")
         for request in self._waiters:
             request.reply({"state": "OFFLINE"})
@@ -531,7 +547,8 @@ class Keeper:
             started_s=self.started,
             ended_s=ended_s,
             circumstances=evidence.Circumstances(
-                lost=CpuSet.of(self._lost),
+                lost=self._lost,
+                offline=self._offline,
                 drifts=tuple(self._drifts.values()),
                 foreign=self._foreign,
                 leftovers=self._leftovers,
@@ -551,5 +568,7 @@ class Keeper:
 
 def _guest_text(config: VmConfig) -> str:
     guest = config.guest
-    return f"python {guest.target}" if guest.kind == "python" else " ".join(guest.argv)
+    text = f"python {guest.target}" if guest.kind == "python" else " ".join(guest.argv)
+    # An argument may be any bytes; the ledger holds text only.
+    return os.fsencode(text).decode("utf-8", "backslashreplace")
 

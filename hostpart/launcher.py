@@ -124,10 +124,8 @@ class Launch:
         self._release(booted, CpuSet.of(cpu for one in planned.values() for cpu in (*one.pcpus, *one.idle)))
         for vm in self._in_order():
             options = Options(self.isolation[vm.name], self.wait_s, hold=True, log=self.log.get(vm.name, ""))
-            # The others' explicit pCPUs are not this one's to choose.
-            reserve = service.reserve | (self.explicit - CpuSet.of(vm.pcpus))
             front.caller = self.callers[vm.name]
-            keeper = front.start(vm, service.replace(keep=len(kept), keep_cpus=kept, reserve=reserve), options)
+            keeper = front.start(vm, service.replace(keep=len(kept), keep_cpus=kept), options)
             self.vms.append(keeper)
             front.wait(lambda keeper=keeper: keeper.has("created"))  # type: ignore[misc]
             created = keeper.said["created"]

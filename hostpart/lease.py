@@ -276,8 +276,10 @@ class Line:
         """Return the pids of those who came before, the first first."""
         mark = f" @{self._prefix}"
         with open("/proc/net/unix", encoding="utf-8", errors="replace") as file:
-            tickets = sorted(line.rstrip("\n").partition(mark)[2] for line in file if mark in line)
-        return [int(ticket.rpartition("-")[2]) for ticket in tickets if ticket < self._ticket]
+            names = [line.rstrip("\n").partition(mark)[2] for line in file if mark in line]
+        # Any user may bind any name: what is no ticket stands in no line.
+        tickets = sorted(name.partition("-")[::2] for name in names if name.replace("-", "", 1).isdecimal())
+        return [int(pid) for since, pid in tickets if pid and f"{since}-{pid}" < self._ticket]
 
     def leave(self) -> None:
         """Stop waiting."""

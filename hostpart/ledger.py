@@ -7,9 +7,12 @@ baselines have their table here too.
 
 from __future__ import annotations
 
+import errno
 import os
-import sqlite3
 import stat
+
+# What sqlite3 wraps: the wrapper imports datetime and collections.abc for conversions that nothing here uses.
+import _sqlite3 as sqlite3
 
 from .errors import HostpartError
 from .value import Value
@@ -125,8 +128,8 @@ class VcpuRow(Value):
 
 def boot_id() -> str:
     """Return the kernel's id of this boot."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
+    with open("/proc/sys/kernel/random/boot_id", "rb", buffering=0) as file:
+        return file.read().decode().strip()
 
 
 def runtime_directory() -> str:
@@ -243,14 +246,6 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def vanished(self) -> bool:
-        """Whether the file that is open here is no longer the one at :attr:`path`."""
-        try:
-            return os.stat(self.path).st_nlink == 0
-        except OSError:
-            return True
-
     def add_vm(self, row: VmRow) -> int:
         """Enter a VM and return its id (positive; *row.id* is not used).
 
@@ -317,6 +312,11 @@ class Ledger:
             )
             return [VcpuRow(*row) for row in rows]
 
+    def bound(self) -> list[int]:
+        """Return the pCPUs that user VMs' vCPUs are bound to."""
+        with self._worded():
+            return [pcpu for (pcpu,) in self._db.execute("SELECT pcpu FROM vcpu WHERE service = 0")]
+
     def _run(self, sql: str, *values: Any) -> None:
         with self._worded():
             self._db.execute(sql, values)
@@ -351,7 +351,20 @@ class _Worded:
     ) -> None:
         if not isinstance(error, sqlite3.Error):
             return
+        if isinstance(error, sqlite3.ProgrammingError):
+            return  # such as a closed ledger: a mistake of the caller's
         path, name = self._ledger.path, getattr(error, "sqlite_errorname", "")
+        if name.startswith("SQLITE_READONLY_DBMOVED"):
+            raise LedgerUnusable(
+                path, "was removed or replaced while it was open", "leave it to hostpart; the next command makes a new one"
+            ) from None
+        if name.startswith("SQLITE_CANTOPEN"):
+            # SQLite keeps the errno to itself; where it is the caller's limits, this open meets it too.
+            try:
+                os.close(os.open(self._ledger.directory, os.O_RDONLY))
+            except OSError as limit:
+                if limit.errno in (errno.EMFILE, errno.ENFILE):
+                    raise limit from None
         if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or (
             not name and isinstance(error, sqlite3.DatabaseError)
         ):

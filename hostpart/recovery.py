@@ -8,6 +8,9 @@ cgroup where there was one. They are ended before the row is struck out, and row
 from __future__ import annotations
 
 import os
+import time
+
+from workers import crash
 
 from . import cgroup, control, tree
 from .ledger import boot_id
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
     from .ledger import Ledger, VmRow
 
 __all__ = ["Recovered", "dirty", "recover"]
+
+
+_PATIENCE_S = 5.0
 
 
 class Recovered(Value):
@@ -53,14 +59,18 @@ def _recover(ledger: Ledger, row: VmRow) -> Recovered:
     pcpus = tuple(sorted({vcpu.pcpu for vcpu in ledger.vcpus(row.id)}))
     ended: set[int] = set()
     left: tuple[int, ...] = ()
+    crash.point("recovery")
     if row.boot_id == boot_id():
-        # Twice: what forked between the look and the kill is found by the second look.
-        for _ in range(50):
-            found = tree.find_by_environment("HOSTPART_RUN", row.token)
-            left = tuple(member.pid for member in tree.kill(found))
-            ended |= {member.pid for member in found} - set(left)
-            if len(found) <= len(left):
+        # Until none is found: what forked between a look and its kills is seen by the next, and ending takes time.
+        until = time.monotonic() + _PATIENCE_S
+        while found := tree.find_by_environment("HOSTPART_RUN", row.token):
+            refused = tree.kill(found)
+            ended |= {member.pid for member in found} - {member.pid for member in refused}
+            if len(refused) == len(found) or time.monotonic() > until:
                 break
+            time.sleep(0.002)
+        left = tuple(member.pid for member in found)
+        ended -= set(left)
         if row.leaf:
             leaf = cgroup.Leaf(row.leaf)
             leaf.kill()

@@ -18,7 +18,7 @@ from . import hypercall as hc
 from . import procfs
 from .channel import Channel
 from .cpuset import CpuSet
-from .errors import DoesNotFit, Failed, HostpartError
+from .errors import DoesNotFit, Failed, HostpartError, worded
 from .hypervisor import SERVICE_VMID, Hypervisor
 from .keeper import adopt, ignore_terminal
 from .lease import Leases
@@ -73,14 +73,14 @@ class _Keeper:
         self.kept: dict[int, int] = {}
         self.vm: Vm | None = None
         self.token = os.urandom(16).hex()
-        self._status_r, self._status_w = os.pipe2(os.O_CLOEXEC)
-        self._start_r, self._start_w = os.pipe2(os.O_CLOEXEC)
 
     def run(self) -> NoReturn:
         code = 1
         try:
             self._wake_r, self._wake_w = ignore_terminal()
             adopt()
+            self._status_r, self._status_w = os.pipe2(os.O_CLOEXEC)
+            self._start_r, self._start_w = os.pipe2(os.O_CLOEXEC)
             self.ledger = Ledger()
             self.hypervisor = Hypervisor(self.topology, Leases(), self.ledger, self._fork)
             try:
@@ -93,9 +93,9 @@ class _Keeper:
         except HostpartError as error:
             self.front.send({"event": "error", "exit_code": error.exit_code, "problem": str(error), "remedy": error.remedy})
         except OSError as error:
+            reason = worded(error)
             self.front.send({
-                "event": "error", "exit_code": 1, "problem": f"the service VM could not boot: {error}",
-                "remedy": "see the message, mend what it names and run it again",
+                "event": "error", "exit_code": 1, "problem": f"the service VM could not boot: {reason}", "remedy": reason.remedy,
             })  # fmt: skip
         os._exit(code)
 
@@ -108,7 +108,10 @@ class _Keeper:
         with leases.lock():
             survey = leases.survey(self.topology.online)
             there = self.topology.usable - survey.taken
-            keep = self.service.keep_cpus or _lowest(there - self.explicit or there, self.service.keep)
+            wish = hc.CreateVm(
+                0, b"", pcpus=tuple(self.explicit), keep=tuple(self.service.keep_cpus), keep_count=self.service.keep
+            )
+            keep = self.hypervisor.keep_of(self.topology, wish, survey)
             if not keep or not keep <= there:
                 raise DoesNotFit(
                     len(keep), there, [f"pCPU {keep - there} is not usable here or leased to a user VM"], "keep other pCPUs"
@@ -228,6 +231,3 @@ def _be_there(order: worker.Order) -> NoReturn:
     while True:
         signal.pause()
 
-
-def _lowest(cpus: CpuSet, count: int) -> CpuSet:
-    return CpuSet.of(cpu for cpu, _ in zip(cpus, range(count), strict=False))

@@ -277,8 +277,7 @@ def _caches(host: Host, online: CpuSet) -> dict[int, int]:
         cache = _last_cache(host, cpu, online)
         if cache:
             for other in CpuSet(cache[1]):
-                if other not in last or last[other][0] < cache[0]:
-                    last[other] = cache
+                last.setdefault(other, cache)
     groups: dict[tuple[int, int], int] = {}
     for cpu, cache in last.items():
         groups[cache] = groups.get(cache, 0) | 1 << cpu

@@ -54,10 +54,12 @@ class Frozen(Value):
 
     :ivar stopped: exactly those it sent a stop, parents first: for :func:`thaw`
     :ivar loose: those of the tree that had not stopped when it gave up, refused ones included
+    :ivar settled: whether the last looks agreed, with nobody born or ended between them
     """
 
     stopped: tuple[Member, ...]
     loose: tuple[Member, ...] = ()
+    settled: bool = True
 
     @property
     def holds(self) -> bool:
@@ -66,7 +68,7 @@ class Frozen(Value):
         State ``D`` is inside the kernel with the stop pending, which it meets before it returns: a
         parent in vfork(2) stays so for as long as its child is stopped.
         """
-        return all(member.state == "D" for member in self.loose)
+        return self.settled and all(member.state == "D" for member in self.loose)
 
 
 class Ended(Value):
@@ -103,7 +105,7 @@ def below(members: Iterable[Member], pid: int) -> list[Member]:
 
 
 def freeze(root: int, skip: Collection[int] = (), patience_s: float = 1.0) -> Frozen:
-    """Stop everything below *root*: parents first, and again until two looks find nothing running.
+    """Stop everything below *root*: parents first, and again until two looks find nothing running and nobody ended.
 
     What was stopped before, by job control or by a tracer, is left alone and stays so after
     :func:`thaw`; a process counts as stopped when all its threads are. Where nothing more will change
@@ -116,9 +118,11 @@ def freeze(root: int, skip: Collection[int] = (), patience_s: float = 1.0) -> Fr
     refused: set[tuple[int, int]] = set()
     begin = time.monotonic()
     changed, nap, clean, courtesy = begin, 0.0005, 0, _COURTESY_S
+    ended_before: set[tuple[int, int]] = set()
     while True:
         loose: list[Member] = []
-        for stat, depth in _walk(root, skip):
+        ended: set[tuple[int, int]] = set()
+        for stat, depth in _walk(root, skip, ended):
             moving = _moving(stat)
             if not moving:
                 continue
@@ -137,12 +141,17 @@ def freeze(root: int, skip: Collection[int] = (), patience_s: float = 1.0) -> Fr
                 stopped[key] = member
                 changed = time.monotonic()
                 courtesy -= _let_stop(stat, courtesy)
-        clean = 0 if loose else clean + 1
+        # Whoever ended since the last look may have left a child where this one had been already.
+        quiet = ended <= ended_before
+        clean = clean + 1 if quiet and not loose else 0
+        ended_before = ended
         now = time.monotonic()
         hopeless = all(member.state == "D" or (member.pid, member.start) in refused for member in loose)
         if clean == 2 or now - begin >= patience_s or (loose and hopeless and now - changed >= _SETTLE_S):
-            return Frozen(tuple(sorted(stopped.values(), key=_depth)), tuple(loose))
-        if loose:
+            return Frozen(
+                tuple(sorted(stopped.values(), key=_depth)), tuple(loose), clean == 2 or (quiet and bool(loose))
+            )
+        if not clean:
             time.sleep(nap)
             nap = min(2 * nap, 0.01)
 
@@ -212,15 +221,14 @@ def end(root: int, reap: Callable[[int], None] | None = None, patience_s: float 
 
 
 def find_by_environment(name: str, value: str, uid: int | None = None) -> list[Member]:
-    """Return the processes of one user that were started with *name* = *value* in their environment, by pid.
+    """Return the processes that were started with *name* = *value* in their environment, by pid.
 
     For what a dead owner has left. The caller is not among them, its ancestors may be. What has
     overwritten or cleared its environment isn't found, nor what this user may not read.
 
-    :param uid: the real user id looked for; by default this process's effective one
+    :param uid: only processes of this real user id; by default of any, since a guest of root's may run as another user
     """
     wanted = b"\0" + os.fsencode(name) + b"=" + os.fsencode(value) + b"\0"
-    user = os.geteuid() if uid is None else uid
     this = os.getpid()
     found: list[Member] = []
     for pid in procfs.processes():
@@ -229,9 +237,8 @@ def find_by_environment(name: str, value: str, uid: int | None = None) -> list[M
         block = procfs.environ_block(pid)
         if block is None or wanted not in b"\0" + block:
             continue
-        status = procfs.read_status(pid)
         # The start time is from before the environment: a pid taken anew in between fails the check at the signal.
-        if status is not None and status.uid == user:
+        if uid is None or ((status := procfs.read_status(pid)) is not None and status.uid == uid):
             found.append(_member(stat, 0))
     return found
 
@@ -307,15 +314,18 @@ def _moving(stat: Stat) -> str:
     return worst
 
 
-def _walk(root: int, skip: Collection[int] = ()) -> Iterator[tuple[Stat, int]]:
+def _walk(
+    root: int, skip: Collection[int] = (), ended: set[tuple[int, int]] | None = None
+) -> Iterator[tuple[Stat, int]]:
     # Each process is handed out as soon as it is known, so that a signal follows the look at once: what
-    # forks and ends in between is met at some look, not at none.
+    # forks and ends in between is met at some look, not at none. Into ended goes who is met dead, by pid and start.
+    ended = set() if ended is None else ended
     if procfs.children(root, root) is None:
-        return _walk_scan(root, skip)
-    return _walk_children(root, skip)
+        return _walk_scan(root, skip, ended)
+    return _walk_children(root, skip, ended)
 
 
-def _walk_children(root: int, skip: Collection[int]) -> Iterator[tuple[Stat, int]]:
+def _walk_children(root: int, skip: Collection[int], ended: set[tuple[int, int]]) -> Iterator[tuple[Stat, int]]:
     inside = {root, *skip}
     level: list[tuple[int, bool]] = [(root, True)]
     depth = 0
@@ -324,11 +334,17 @@ def _walk_children(root: int, skip: Collection[int]) -> Iterator[tuple[Stat, int
         below: list[tuple[int, bool]] = []
         for pid, many in level:
             for tid in procfs.threads(pid) if many else (pid,):
-                for child in procfs.children(pid, tid) or ():
-                    stat = None if child in inside else procfs.read_stat(child)
+                # The newest first: where one forks and ends all the time, the rest of a long list are its zombies.
+                for child in reversed(procfs.children(pid, tid) or []):
+                    if child in inside:
+                        continue
+                    stat = procfs.read_stat(child)
+                    if stat is None or stat.dead:
+                        ended.add((child, stat.start if stat else -1))
+                        continue
                     # Its parent ended meanwhile: then the root or another reaper within has it, or its number is
                     # somebody else's by now.
-                    if stat is None or stat.dead or stat.ppid not in inside or stat.ppid in skip:
+                    if stat.ppid not in inside or stat.ppid in skip:
                         continue
                     inside.add(child)
                     below.append((child, stat.threads > 1))
@@ -336,9 +352,10 @@ def _walk_children(root: int, skip: Collection[int]) -> Iterator[tuple[Stat, int
         level = below
 
 
-def _walk_scan(root: int, skip: Collection[int]) -> Iterator[tuple[Stat, int]]:
+def _walk_scan(root: int, skip: Collection[int], ended: set[tuple[int, int]]) -> Iterator[tuple[Stat, int]]:
     depth = {root: 0}
     waiting: dict[int, list[Stat]] = {}
+    dead: list[Stat] = []
 
     def enter(stat: Stat) -> Iterator[tuple[Stat, int]]:
         ready = [stat]
@@ -352,9 +369,11 @@ def _walk_scan(root: int, skip: Collection[int]) -> Iterator[tuple[Stat, int]]:
 
     for pid in _user_processes(root):
         stat = procfs.read_stat(pid)
-        if stat is None or stat.dead:
+        if stat is None:
             continue
-        if stat.ppid in depth:
+        if stat.dead:
+            dead.append(stat)
+        elif stat.ppid in depth:
             yield from enter(stat)
         else:
             waiting.setdefault(stat.ppid, []).append(stat)
@@ -364,6 +383,7 @@ def _walk_scan(root: int, skip: Collection[int]) -> Iterator[tuple[Stat, int]]:
             stat = procfs.read_stat(orphan.pid)
             if stat is not None and not stat.dead and stat.start == orphan.start and stat.ppid in depth:
                 yield from enter(stat)
+    ended.update((stat.pid, stat.start) for stat in dead if stat.ppid in depth)
 
 
 def _user_processes(root: int) -> Iterator[int]:
@@ -373,7 +393,7 @@ def _user_processes(root: int) -> Iterator[int]:
         grouped = os.getpgid(root) != 0
     except ProcessLookupError:
         return
-    for pid in procfs.processes():
+    for pid in reversed(procfs.processes()):
         try:
             if not grouped or os.getpgid(pid):
                 yield pid

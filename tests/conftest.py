@@ -16,7 +16,9 @@ import pytest
 
 import hostpart
 import workers
+from hostpart import cgroup, procfs
 from hostpart.cpuset import CpuSet
+from hostpart.host import Host
 from hostpart.lease import Leases
 
 # The interpreter that runs the tests has hostpart installed; `-m` would put the current directory first.
@@ -62,14 +64,20 @@ class Place:
         with leases.lock():
             return usable - leases.survey(usable).taken
 
+    def processes(self) -> list[int]:
+        """Return the living processes that were started in this place: its runtime directory is in their environment."""
+        mark = os.fsencode(f"HOSTPART_RUNTIME_DIR={self.runtime}\0")
+        return [pid for pid in procfs.processes() if mark in (procfs.environ_block(pid) or b"")]
+
     def is_clean(self) -> bool:
-        """Whether no lease, no ledger row and no socket is left."""
+        """Whether no lease, no ledger row, no socket and no process is left."""
         from hostpart.ledger import Ledger
 
         with Ledger(str(self.runtime)) as ledger:
             rows = ledger.vms()
         usable = CpuSet.of(os.sched_getaffinity(0))
-        return not rows and self.free() == usable and not list(self.runtime.glob("*.sock"))
+        left = list(self.runtime.glob("*.sock")) or self.processes()
+        return not rows and self.free() == usable and not left
 
 
 def wait_until(what: object, timeout: float = 10.0) -> bool:
@@ -138,6 +146,39 @@ def nobodys_place(tmp_path: Path) -> Iterator[Place]:
         yield from _ended(here)
     finally:
         shutil.rmtree(root)
+
+
+@pytest.fixture(params=["root with a cgroup leaf", "root without a leaf", "another user"])
+def anyones_place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    """A place once with a cgroup v2 of its own to put leaves in, once with one that takes none, once uid 65534's.
+
+    Whatever lives in it when the test ends is killed, and no leaf may be left.
+    """
+    if request.param == "another user":
+        here: Place = request.getfixturevalue("nobodys_place")
+        group = None
+    else:
+        here = request.getfixturevalue("place")
+        own, reason = cgroup.own_cgroup(Host())
+        group = Path(own or "/nowhere") / f"hostpart-test-{os.getpid()}-{tmp_path.name}"
+        try:
+            group.mkdir()
+            if request.param == "root without a leaf":
+                (group / "cgroup.max.descendants").write_text("0")
+        except OSError as error:
+            pytest.skip(f"needs a cgroup v2 to make others in: {reason or error.strerror}")
+        here.command = ["sh", "-c", f'echo 0 > {group}/cgroup.procs && exec "$@"', "sh", *here.command]
+    try:
+        yield here
+        left = [path.name for path in group.iterdir() if path.is_dir()] if group else []
+        assert not left, "a leaf is left behind"
+    finally:
+        for pid in here.processes():
+            os.kill(pid, signal.SIGKILL)
+        if group is not None:
+            leaf = cgroup.Leaf(str(group))
+            leaf.kill()
+            leaf.remove()
 
 
 @pytest.fixture

@@ -197,7 +197,7 @@ def situations(draw: st.DrawFn) -> tuple[Topology, Supply]:
     topology = draw(topologies())
     roles: dict[str, list[int]] = {"free": [], "host": [], "taken": [], "other": []}
     for cpu in topology.usable:
-        roles[draw(st.sampled_from(["free"] * 5 + ["host", "taken", "other"]))].append(cpu)
+        roles[draw(st.sampled_from(["free"] * 6 + ["host", "host", "taken", "other"]))].append(cpu)
     avoid = [cpu for cpu in topology.usable if draw(st.sampled_from([False] * 4 + [True]))]
     sets = {role: CpuSet.of(numbers) for role, numbers in roles.items()}
     return topology, Supply(sets["free"], host=sets["host"], taken=sets["taken"], avoid=CpuSet.of(avoid))
@@ -318,8 +318,9 @@ def test_a_vm_shares_a_core_with_the_host_only_where_it_would_not_fit_otherwise(
     if not fits(topology, supply, request):
         return
     clean = CpuSet.of(cpu for core in cores_of(topology) if not core & (supply.host | supply.taken) for cpu in core)
-    shared = place(topology, supply, request).shares_core
-    assert len(shared) == max(0, request.count - len(clean & supply.free))
+    placement = place(topology, supply, request)
+    check(topology, supply, request, placement)
+    assert len(placement.shares_core) == max(0, request.count - len(clean & supply.free))
 
 
 @laws
@@ -447,6 +448,7 @@ def test_the_core_of_the_host_comes_last_and_is_told_of() -> None:
     placement = place(smt_machine(2), supply, Request(3))
     assert placement.pcpus == (1, 2, 3)
     assert placement.shares_core == cpus("2")
+    assert not placement.idle
 
 
 @pytest.mark.parametrize(
@@ -539,6 +541,17 @@ def test_explicit_lists_go_first_and_the_rest_last_whatever_the_order_of_the_fil
         "two": (1, 5),
         "fixed": (4, 0),
     }
+
+
+def test_the_idle_sibling_of_one_vm_is_not_given_to_the_next() -> None:
+    shared = Request(1, smt="shared")
+    placed = place_all(smt_machine(2), Supply(cpus("0-3")), {"a": Request(1), "b": shared, "c": shared})
+    assert [placement.pcpus for placement in placed.values()] == [(0,), (1,), (3,)]
+
+
+def test_a_supply_that_lists_held_pcpus_as_free_gives_none_of_them() -> None:
+    supply = Supply(cpus("0-3"), host=cpus("0"), taken=cpus("1"))
+    assert place(smt_machine(2), supply, Request(2, smt="shared")).pcpus == (2, 3)
 
 
 @pytest.mark.parametrize(

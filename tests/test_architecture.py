@@ -18,12 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module imports only from lower rows; those of one row do not know each other.
 LAYERS = (
     ("value", "cpuset", "errors", "__init__"),
-    ("host", "procfs", "channel", "isolation"),
+    ("host", "procfs", "channel", "isolation", "memlock"),
     ("madt", "tree", "cgroup", "lease", "ledger"),
     ("topology", "control", "hypercall"),
     ("allocator", "recovery", "evidence"),
     ("config", "hypervisor", "census"),
-    ("vhm",),
+    ("vhm", "audit"),
     ("device_model",),
     ("keeper",),
     ("service_vm", "front"),

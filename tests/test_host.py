@@ -181,6 +181,7 @@ def test_a_hostile_tarball_gives_only_its_plain_files(tmp_path: Path) -> None:
         member(archive, "m/sys/swap", b"3")
 
     host = Host.open(pack(tmp_path / "hostile.tar.gz", add, "w:gz"))
+    assert host.listdir("") == ["sys"]
     assert host.listdir("sys") == ["fine", "hard", "swap"]
     assert [host.read_bytes(f"sys/{name}") for name in ("fine", "hard", "swap")] == [b"1", b"1", b"3"]
     assert os.listdir(tmp_path) == ["hostile.tar.gz"]

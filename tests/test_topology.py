@@ -199,14 +199,23 @@ def test_the_last_cache_may_differ_from_core_to_core(tmp_path: Path) -> None:
 
 
 def test_a_cache_counts_only_if_it_holds_data_has_a_size_and_says_who_shares_it(tmp_path: Path) -> None:
-    files: dict[str, str | bytes | None] = {
-        f"{CPU}/cpu0/cache/index3/shared_cpu_map": None,
-        f"{CPU}/cpu1/cache/index3/type": "Instruction\n",
-        f"{CPU}/cpu2/cache/index3/size": "0K\n",
-        f"{CPU}/cpu3/cache/index3/shared_cpu_map": "00000000\n",  # ia64: the core's own
-    }
-    host = fake_host(tmp_path, ["0", "1", "2", "3,4"], caches=("0", "1", "2", "3", "4"), files=files)
-    assert column(read_topology(host), "llc") == [0, 1, 2, 3, 3]
+    files: dict[str, str | bytes | None] = {}
+    for odd in (0, 1):
+        files |= {
+            f"{CPU}/cpu{0 + odd}/cache/index3/shared_cpu_map": None,
+            f"{CPU}/cpu{2 + odd}/cache/index3/type": "Instruction\n",
+            f"{CPU}/cpu{4 + odd}/cache/index3/size": "0K\n",
+            f"{CPU}/cpu{6 + odd}/cache/index3/shared_cpu_map": "00000000\n",  # ia64: the core's own
+        }
+    cores = ["0", "1", "2", "3", "4", "5", "6-7"]
+    host = fake_host(tmp_path, cores, caches=("0-1", "2-3", "4-5", "6-7"), files=files)
+    assert column(read_topology(host), "llc") == [0, 1, 2, 3, 4, 5, 6, 6]
+
+
+def test_files_that_contradict_each_other_still_give_each_cpu_one_core(tmp_path: Path) -> None:
+    files: dict[str, str | bytes | None] = {f"{CPU}/cpu2/topology/core_cpus": "00000006\n"}
+    topology = read_topology(fake_host(tmp_path, ["0-1", "2"], files=files))
+    assert topology.cores == (CpuSet.parse("0-1"), CpuSet.parse("2"))
 
 
 def test_a_cpu_without_a_cache_folder_is_known_to_share_what_others_share_with_it(tmp_path: Path) -> None:
@@ -390,7 +399,7 @@ def test_what_speaks_against_the_madt_is_said(
 
 
 def test_entries_of_offline_cpus_and_double_entries_agree(tmp_path: Path) -> None:
-    x2apic = bytes([9, 16, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0])  # APIC id 0 once more, for UID 0
+    x2apic = bytes([9, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])  # APIC id 0 once more, disabled
     topology = with_firmware(tmp_path, madt(local_apic(0, 0), local_apic(1, 1), x2apic), (0,), "1")
     assert topology.doubts == ()
     assert topology.madt

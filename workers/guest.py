@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import atexit
 import os
 import sys
 
-from .vcpu import NOT_EXECUTABLE, NOT_FOUND, Order, settle_signals
+from .vcpu import NOT_EXECUTABLE, NOT_FOUND, Order, be_traced, settle_signals
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ class Command:
 
     def __call__(self, order: Order) -> NoReturn:
         settle_signals(order)
+        if order.mlock:
+            be_traced()  # the keeper locks the memory of what this becomes
         number = errno.ENOENT
         for path in self._candidates(order):
             try:
@@ -71,6 +74,7 @@ class Python:
         if order.log is None:
             _close_what_exec_would()  # else one of them is the log's pipe
         status = 1
+        atexit._clear()  # what it will find there is the guest's own
         try:
             status = self._call()
         except SystemExit as error:
@@ -132,6 +136,7 @@ def _finish() -> None:
         for thread in threading.enumerate():
             if thread is not threading.main_thread() and not thread.daemon:
                 thread.join()
+    atexit._run_exitfuncs()
     logging = sys.modules.get("logging")
     if logging:
         logging.shutdown()

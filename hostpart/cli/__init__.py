@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import os
 import sys
 
@@ -10,6 +12,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
     from types import ModuleType
+    from typing import NoReturn
 
 __all__ = ["COMMANDS", "main", "parsers"]
 
@@ -32,24 +35,46 @@ _EXITS = "Exit status: 0 done, 1 failed, 2 usage or configuration, 3 does not fi
 
 
 def _module(command: str) -> ModuleType:
-    from importlib import import_module
-
-    return import_module(f"{__name__}.{command}")
+    # importlib's function of that purpose would be the one thing here that needs importlib.
+    return __import__(f"{__name__}.{command}", fromlist=["run"])  # type: ignore[no-any-return]
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
     import argparse
 
+    from ..errors import UsageError
+
+    # The help is in one language. To look for another, argparse imports locale and tries eighty names of files.
+    argparse._ = str  # type: ignore[attr-defined]
     # Without a width, the formatter imports shutil, with all its compressors, to ask for it.
     width = _columns() - 2
+
+    module = _module(command)
 
     class Formatter(argparse.RawDescriptionHelpFormatter):
         def __init__(self, prog: str) -> None:
             super().__init__(prog, width=width)
 
-    parser = argparse.ArgumentParser(prog=f"hostpart {command}", allow_abbrev=False, formatter_class=Formatter)
-    _module(command).add(parser)
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            self.print_usage(sys.stderr)
+            # `run` has the command's own statuses, so its own failures are all of one kind.
+            self.exit(getattr(module, "FAILED", UsageError.exit_code), f"{self.prog}: {message}\ntry: {self.prog} --help\n")
+
+    parser = Parser(prog=f"hostpart {command}", allow_abbrev=False, formatter_class=Formatter)
+    module.add(parser)
     return parser
+
+
+def _parse(command: str, args: Sequence[str]) -> argparse.Namespace:
+    # What is loaded here is there to stay: to look for cycles in it, now or in a fork, is time lost, and in a
+    # fork it would write to, and so copy, every page of it.
+    gc.disable()
+    try:
+        return _parser(command).parse_args(args)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _columns() -> int:
@@ -87,13 +112,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         print(f"hostpart: there is no command {command!r}{hint}\ntry: hostpart --help", file=sys.stderr)
         return 2
-    from ..errors import HostpartError
+    from ..errors import HostpartError, worded
 
     try:
         try:
-            return int(_module(command).run(_parser(command).parse_args(args[1:])))
+            return int(_module(command).run(_parse(command, args[1:])))
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # it is where descriptor 1 was closed before hostpart was started
+                sys.stdout.flush()
     except HostpartError as error:
         print(f"hostpart: {error}\ntry: {error.remedy}", file=sys.stderr)
         return error.exit_code
@@ -101,6 +127,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read stdout has enough; there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + 13
+    except OSError as error:
+        # The caller's limits can be met at any step; anything else is a mistake of this program's, and keeps its traceback.
+        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.EAGAIN):
+            raise
+        reason = worded(error)
+        print(f"hostpart: {reason}\ntry: {reason.remedy}", file=sys.stderr)
+        return int(getattr(sys.modules.get(f"{__name__}.{command}"), "FAILED", reason.exit_code))
     except KeyboardInterrupt:
         return 128 + 2
 

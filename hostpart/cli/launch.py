@@ -50,7 +50,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--require", action="store_true", help="fail rather than run at a lower level of isolation")
     parser.add_argument("--strict", action="store_true", help="exit 5 if a partition did not hold")
     parser.add_argument(
-        "--wait", nargs="?", type=options.seconds, const=float("inf"), metavar="SECONDS",
+        "--wait", nargs="?", type=options.wait_seconds, const=float("inf"), metavar="SECONDS",
         help="queue for pCPUs in order of arrival; write --wait=SECONDS, for ever without a number",
     )  # fmt: skip
     parser.add_argument("--results", metavar="DIR", help="write each VM's evidence to DIR/VM.json")
@@ -116,14 +116,14 @@ def _launch(
 
 def _outcome(args: argparse.Namespace, launch: Launch, stopped_by: int | None) -> int:
     failed: HostpartError | None = None
-    worst, broken = 0, False
+    worst, broken, unwritten = 0, False, False
     for keeper in launch.vms:
         ended = keeper.said.get("ended")
         if ended is None:
             failed = failed or keeper.error
             continue
         if args.results:
-            _write(args.results, keeper.name, ended["evidence"])
+            unwritten = _write(args.results, keeper.name, ended["evidence"]) or unwritten
         worst = worst or exit_code(ended["statuses"])
         broken = broken or ended["evidence"]["verdict"] != "held"
         for number in sorted(set(ended["exec_errors"].values())):
@@ -134,10 +134,11 @@ def _outcome(args: argparse.Namespace, launch: Launch, stopped_by: int | None) -
         return 128 + stopped_by
     if args.strict and broken:
         return 5
-    return 1 if worst else 0
+    return 1 if worst or unwritten else 0
 
 
-def _write(folder: str, name: str, document: dict[str, Any]) -> None:
+def _write(folder: str, name: str, document: dict[str, Any]) -> bool:
+    # Whether it could not be written.
     import json
 
     path = os.path.join(folder, f"{name}.json")
@@ -146,7 +147,9 @@ def _write(folder: str, name: str, document: dict[str, Any]) -> None:
             json.dump(document, file, indent=2)
             file.write("\n")
     except OSError as error:
-        say(f"the evidence of VM {name!r} cannot be written to {path!r}: {error.strerror}")
+        say(f"the evidence of VM {name!r} cannot be written to {path!r}: {error.strerror}\ntry: another --results DIR")
+        return True
+    return False
 
 
 class _Teller:
@@ -256,8 +259,10 @@ def _detach(args: argparse.Namespace, scenario: Scenario, topology: Topology) ->
             print(said[1:-1].decode(), end="", flush=True)
             return 0
         _, status = os.waitpid(pid, 0)
-        sys.stderr.write(said[1:-1].decode())
         code = os.waitstatus_to_exitcode(status)
+        if code < 0:
+            say(f"the process in the background was ended by signal {-code} before the guests ran; nothing of it runs\ntry: run it again")
+        sys.stderr.write(said[1:-1].decode())
         return 128 - code if code < 0 else code or 1
     code = 1
     try:
@@ -270,7 +275,9 @@ def _detach(args: argparse.Namespace, scenario: Scenario, topology: Topology) ->
 def _detached(args: argparse.Namespace, scenario: Scenario, topology: Topology, logs: dict[str, str], parent: int) -> int:
     os.setsid()
     callers: dict[str, Caller] = {}
-    opened = {name: os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600) for name, path in logs.items()}
+    # Emptied when the VM is created: until then the file may be that of a running VM of the same name.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+    opened = {name: os.open(path, flags, 0o600) for name, path in logs.items()}
     null = os.open(os.devnull, os.O_RDONLY)
     first = opened[scenario.vms[0].name]
     for fd, target in ((null, 0), (first, 1), (first, 2)):
@@ -278,20 +285,27 @@ def _detached(args: argparse.Namespace, scenario: Scenario, topology: Topology, 
     for name, fd in opened.items():
         callers[name] = Caller()
         callers[name].stdout_fd = callers[name].stderr_fd = fd
-    teller = _Detached(args, scenario, topology, parent, logs)
+    teller = _Detached(args, scenario, topology, parent, logs, opened)
     try:
         return _launch(args, scenario, topology, teller, callers, logs)
     except HostpartError as error:
-        teller.failed(error)
-        say(f"{error}\ntry: {error.remedy}")
+        if not teller.failed(error):
+            say(f"{error}\ntry: {error.remedy}")
         return error.exit_code
 
 
 class _Detached(_Teller):
     # Tells the user who is still waiting at the terminal, until the guests run; then the log files.
-    def __init__(self, args: argparse.Namespace, scenario: Scenario, topology: Topology, parent: int, logs: dict[str, str]) -> None:
+    def __init__(
+        self, args: argparse.Namespace, scenario: Scenario, topology: Topology, parent: int, logs: dict[str, str], opened: dict[str, int]
+    ) -> None:
         super().__init__(args, scenario, topology)
-        self.parent, self.logs = parent, logs
+        self.parent, self.logs, self.opened = parent, logs, opened
+
+    def hear(self, keeper: Running, message: dict[str, Any]) -> None:
+        if message["event"] == "created":
+            os.ftruncate(self.opened[keeper.name], 0)
+        super().hear(keeper, message)
 
     def started(self) -> None:
         import json
@@ -303,12 +317,14 @@ class _Detached(_Teller):
             text = table(["VM", "vCPU", "pCPU", "pid", "output"], rows, colour=False) + "\n"
         self._tell(b"0" + text.encode())
 
-    def failed(self, error: HostpartError) -> None:
-        """Tell why it failed, where somebody is still waiting."""
-        self._tell(f"1hostpart: {error}\ntry: {error.remedy}\n".encode())
+    def failed(self, error: HostpartError) -> bool:
+        """Tell why it failed; whether somebody was still waiting."""
+        return self._tell(f"1hostpart: {error}\ntry: {error.remedy}\n".encode())
 
-    def _tell(self, text: bytes) -> None:
-        if self.parent >= 0:
-            os.write(self.parent, text + b"\0")
-            os.close(self.parent)
-            self.parent = -1
+    def _tell(self, text: bytes) -> bool:
+        if self.parent < 0:
+            return False
+        os.write(self.parent, text + b"\0")
+        os.close(self.parent)
+        self.parent = -1
+        return True

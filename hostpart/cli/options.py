@@ -11,7 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ..allocator import Request
 
-__all__ = ["add_request", "count", "cpu_list", "explicit_list", "request_of", "seconds"]
+__all__ = ["add_request", "count", "cpu_list", "explicit_list", "request_of", "seconds", "wait_seconds"]
 
 
 def count(text: str) -> int:
@@ -50,6 +50,16 @@ def seconds(text: str) -> float:
     if not 0 <= value < 1e9:
         raise argparse.ArgumentTypeError(f"want a number of seconds from 0, got {text!r}")
     return value
+
+
+def wait_seconds(text: str) -> float:
+    """Read ``--wait``'s time, which may be left out: what stands after the option is then taken for it."""
+    try:
+        return seconds(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of seconds; write --wait=SECONDS, or put '--' after a --wait without a number"
+        ) from None
 
 
 def add_request(parser: argparse.ArgumentParser) -> None:

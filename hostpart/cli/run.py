@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from ..front import Running
 
-__all__ = ["add", "refuse_nested", "run", "warn_of_throttling"]
+__all__ = ["FAILED", "add", "refuse_nested", "run", "warn_of_throttling"]
 
-_FAILED = 125  # hostpart itself failed, as with env(1) and timeout(1)
+FAILED = 125  # hostpart itself failed, as with env(1) and timeout(1)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--require", action="store_true", help="fail rather than run at a lower level of isolation")
     parser.add_argument("--strict", action="store_true", help="exit 5 if the partition did not hold")
     parser.add_argument(
-        "--wait", nargs="?", type=options.seconds, const=float("inf"), metavar="SECONDS",
+        "--wait", nargs="?", type=options.wait_seconds, const=float("inf"), metavar="SECONDS",
         help="queue for pCPUs in order of arrival; write --wait=SECONDS, for ever without a number",
     )  # fmt: skip
     parser.add_argument("--on-drift", choices=("warn", "repin", "kill"), default="warn", help="what to do if the guest leaves its pCPU")
@@ -75,13 +75,13 @@ def run(args: argparse.Namespace) -> int:
     except HostpartError as error:
         document["error"] = {"exit_code": error.exit_code, "problem": str(error), "remedy": error.remedy}
         say(f"{error}\ntry: {error.remedy}")
-        code = _FAILED
+        code = FAILED
     if args.evidence:
         try:
             _write(args.evidence, {"schema": 1, **document})
         except OSError as error:
             say(f"the evidence cannot be written to {args.evidence!r}: {error.strerror}\ntry: another --evidence FILE")
-            return _FAILED
+            return FAILED
     return code
 
 

@@ -1,0 +1,174 @@
+"""Every running VM looked at from outside: by ledger, leases, /proc and psutil, without asking its keeper."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+
+from . import __version__, evidence, tree
+from .cpuset import CpuSet
+from .lease import Leases
+from .procfs import pinned_alone, start_time
+from .value import Value
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from .census import Census
+
+__all__ = ["Audit", "Task", "audit"]
+
+
+class Task(Value):
+    """One process, as psutil reads it: a second reader, whose code is not hostpart's.
+
+    :ivar cpus: what its main thread may run on
+    :ivar cpu: what its main thread ran on last
+    :ivar cpu_percent: of one CPU, all its threads, over the interval of the audit
+    :ivar foreign: it is not the VM's, and pinned to one of its pCPUs alone
+    """
+
+    pid: int
+    name: str
+    user: str
+    threads: int
+    cpus: CpuSet
+    cpu: int
+    cpu_percent: float
+    rss_bytes: int
+    foreign: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields, the CPUs in list form."""
+        return {**self.asdict(), "cpus": str(self.cpus)}
+
+
+class Audit(Value):
+    """What was found of one VM.
+
+    :ivar document: its evidence, as in ``evidence.schema.json``
+    :ivar tasks: its processes, and foreign ones that are pinned to its pCPUs alone
+    """
+
+    document: dict[str, Any]
+    tasks: tuple[Task, ...]
+
+
+def audit(vms: Sequence[Census], interval_s: float) -> list[Audit]:
+    """Look twice at every task of *vms*, at their leases, and at what else is pinned to their pCPUs.
+
+    :param interval_s: between the two looks
+    """
+    started = time.time()
+    records = {vm.row.id: _records(vm) for vm in vms}
+    drifts: dict[int, dict[tuple[int, int], evidence.Drift]] = {vm.row.id: {} for vm in vms}
+    readers = {vm.row.id: _Reader(vm) for vm in vms}
+    for number in range(2):
+        for vm in vms:
+            members = tree.descendants(vm.row.keeper_pid)
+            rest = {member.pid for member in members}
+            for record in records[vm.row.id]:
+                seen = evidence.look(record.pid)
+                if number:
+                    record.update(seen)
+                else:
+                    record.start(seen)
+                own = tree.below(members, record.pid)
+                rest -= {member.pid for member in own}
+                record.sample(own)
+            orphans = [member for member in members if member.pid in rest]
+            for drift in evidence.find_drifts(orphans, _pcpus(vm)):
+                drifts[vm.row.id].setdefault((drift.pid, drift.tid), drift)
+        if not number:
+            time.sleep(interval_s)
+    leases = Leases()
+    all_pcpus = CpuSet.of(cpu for vm in vms for cpu in _pcpus(vm))
+    with leases.lock():
+        free = all_pcpus - leases.survey(all_pcpus).taken
+    pinned = pinned_alone()
+    found = []
+    for vm in vms:
+        foreign = readers[vm.row.id].foreign(pinned)
+        document = evidence.document(
+            version=__version__,
+            vm=vm.row.name,
+            records=records[vm.row.id],
+            isolation={"asked": None, "reached": "affinity", "stopped_by": "", "remedy": ""},
+            period_s=None,
+            started_s=started,
+            ended_s=None,
+            circumstances=evidence.Circumstances(
+                lost=_pcpus(vm) & free, drifts=tuple(drifts[vm.row.id].values()), foreign=foreign
+            ),
+        )
+        pids = [pid for one in foreign.values() for pid in one]
+        found.append(Audit(document, readers[vm.row.id].tasks(pids)))
+    return found
+
+
+def _pcpus(vm: Census) -> CpuSet:
+    return CpuSet.of(vcpu.pcpu for vcpu in vm.vcpus)
+
+
+def _records(vm: Census) -> list[evidence.VcpuRecord]:
+    pids: dict[int, list[int]] = {}
+    for vcpu in vm.vcpus:
+        if start_time(vcpu.pid) == vcpu.start:
+            pids.setdefault(vcpu.pid, []).append(vcpu.pcpu)
+    first = {vcpu.pid: vcpu.vcpu for vcpu in reversed(vm.vcpus)}
+    return [
+        evidence.VcpuRecord(vm.row.name, first[pid], CpuSet.of(pcpus), pid, "smp" if len(pcpus) > 1 else "command")
+        for pid, pcpus in pids.items()
+    ]
+
+
+class _Reader:
+    # psutil's view of one VM; cpu_percent counts from the first call for each process.
+    def __init__(self, vm: Census) -> None:
+        self.vm = vm
+        self.processes = self._below()
+        for process in self.processes:
+            _read(process)
+
+    def _below(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self.vm.row.keeper_pid).children(recursive=True)
+        except psutil.Error:
+            return []
+
+    def foreign(self, pinned: dict[int, list[int]]) -> dict[int, list[int]]:
+        ours = {process.pid for process in self._below()}
+        return {cpu: [pid for pid in pids if pid not in ours] for cpu, pids in pinned.items() if cpu in _pcpus(self.vm)}
+
+    def tasks(self, foreign: list[int]) -> tuple[Task, ...]:
+        own = [task for process in self.processes if (task := _read(process)) is not None]
+        others = [task for pid in foreign if psutil.pid_exists(pid) and (task := _read_foreign(pid)) is not None]
+        return (*own, *others)
+
+
+def _read(process: psutil.Process) -> Task | None:
+    try:
+        with process.oneshot():
+            return Task(
+                process.pid,
+                process.name(),
+                process.username(),
+                process.num_threads(),
+                CpuSet.of(process.cpu_affinity() or ()),
+                process.cpu_num(),
+                process.cpu_percent(),
+                process.memory_info().rss,
+            )
+    except psutil.Error:
+        return None
+
+
+def _read_foreign(pid: int) -> Task | None:
+    try:
+        task = _read(psutil.Process(pid))
+    except psutil.Error:
+        return None
+    return None if task is None else task.replace(foreign=True)
