@@ -469,7 +469,7 @@ class _Pool:
                     self.take(core)
 
     def members(self, group_of: Sequence[int]) -> dict[int, list[int]]:
-        """The cores with a free pCPU by group, in order of their ids only while none was taken in part."""
+        """The cores with a free pCPU, by group, in no order to rely on."""
         members: dict[int, list[int]] = {}
         for core in self.free:
             group = group_of[core]

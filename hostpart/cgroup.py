@@ -96,7 +96,7 @@ class Leaf:
 
     @classmethod
     def find(cls, token: str, host: Host | None = None) -> tuple[Leaf | None, str]:
-        """Return ``hostpart-TOKEN`` below this process's own cgroup and "", or ``None`` and the reason; nothing is made.
+        """Return ``hostpart-TOKEN`` below this process's own cgroup and "", or ``None`` and the reason; none is made.
 
         So its path can be noted before it is there, for whoever cleans up after a kill.
 
@@ -202,8 +202,8 @@ class Leaf:
         return True
 
     def _read(self, name: str) -> str:
-        with open(f"{self.path}/{name}", encoding="ascii") as file:
-            return file.read()
+        with open(f"{self.path}/{name}", "rb", buffering=0) as file:
+            return file.read().decode()
 
     def _write(self, name: str, text: str) -> str:
         # "" or why not.

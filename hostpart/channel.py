@@ -7,7 +7,6 @@ Both ends are forks of one interpreter, so ``marshal`` is format enough, and cos
 from __future__ import annotations
 
 import _socket
-import array
 import errno
 import marshal
 import os
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Channel"]
 
 _MAX_FDS = 250  # SCM_MAX_FD is 253
-_HEAD = struct.Struct("<I")
+_HEAD, _FD = struct.Struct("<I"), struct.Struct("i")
 
 
 class Channel:
@@ -54,7 +53,7 @@ class Channel:
         try:
             while rest:
                 some, rest = rest[:_MAX_FDS], rest[_MAX_FDS:]
-                rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", some))
+                rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(some)}i", *some))
                 # A byte of its own for each load but the last keeps the loads apart; length 0 is skipped by the reader.
                 if rest:
                     self._socket.sendmsg([_HEAD.pack(0)], [rights])
@@ -71,7 +70,7 @@ class Channel:
 
     def receive(self) -> list[dict[str, Any]]:
         """Return all messages that have come by now, none if there is none."""
-        size = _socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
+        size = _socket.CMSG_SPACE(_MAX_FDS * _FD.size)
         while not self.ended:
             try:
                 data, rights, _, _ = self._socket.recvmsg(1 << 16, size, _socket.MSG_DONTWAIT | _socket.MSG_CMSG_CLOEXEC)
@@ -81,9 +80,7 @@ class Channel:
                 data, rights = b"", []
             for level, kind, payload in rights:
                 if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
-                    some = array.array("i")
-                    some.frombytes(payload[: len(payload) - len(payload) % some.itemsize])
-                    self.fds += some
+                    self.fds += struct.unpack_from(f"{len(payload) // _FD.size}i", payload)
             self.ended = not data
             self._buffer += data
         messages: list[dict[str, Any]] = []

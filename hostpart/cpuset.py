@@ -98,11 +98,12 @@ class CpuSet:
         raise TypeError("a CpuSet is frozen")
 
     def __iter__(self) -> Iterator[int]:
-        mask = self.mask
-        while mask:
-            bit = mask & -mask
-            yield bit.bit_length() - 1
-            mask ^= bit
+        # Over the digits and not by shifting: that would be quadratic in the size of the machine.
+        bits = bin(self.mask)[:1:-1]
+        cpu = bits.find("1")
+        while cpu >= 0:
+            yield cpu
+            cpu = bits.find("1", cpu + 1)
 
     def __len__(self) -> int:
         return self.mask.bit_count()

@@ -56,8 +56,7 @@ class Caller:
     def __init__(self) -> None:
         self.pgrp: int | None = os.getpgrp()
         self.mask = frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
-        own = (signal.SIGPIPE, signal.SIGXFSZ)
-        self.ignored = worker.dispositions()[0] - {*own}
+        self.ignored = worker.dispositions()[0] - {signal.SIGPIPE, signal.SIGXFSZ}
         self.stdin_fd: int | None = None
         self.stdout_fd: int | None = None
         self.stderr_fd: int | None = None

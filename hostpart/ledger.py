@@ -7,12 +7,11 @@ baselines have their table here too.
 
 from __future__ import annotations
 
+# What sqlite3 wraps: the wrapper imports datetime and collections.abc for conversions that nothing here uses.
+import _sqlite3 as sqlite3
 import errno
 import os
 import stat
-
-# What sqlite3 wraps: the wrapper imports datetime and collections.abc for conversions that nothing here uses.
-import _sqlite3 as sqlite3
 
 from .errors import HostpartError
 from .value import Value

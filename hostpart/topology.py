@@ -12,7 +12,6 @@ from functools import cached_property
 
 from .cpuset import MAX_CPUS, CpuSet
 from .errors import Failed, UsageError
-from .madt import TableError, parse_madt
 from .value import Value
 
 TYPE_CHECKING = False
@@ -428,6 +427,8 @@ def _unescaped(text: str) -> str:
 def _firmware(
     host: Host, numbers: CpuSet, online: CpuSet
 ) -> tuple[dict[int, tuple[int | None, int | None]], tuple[str, ...]]:
+    from .madt import TableError, parse_madt
+
     apic_ids = _apic_ids(host)
     uids = {
         cpu: uid for cpu in numbers if (uid := _read_number(host, f"{_CPU}/cpu{cpu}/firmware_node/uid")) is not None

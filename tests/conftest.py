@@ -123,7 +123,8 @@ def nobodys_place(tmp_path: Path) -> Iterator[Place]:
     """
     if os.geteuid() != 0:
         pytest.skip("needs root, to become another user")
-    become = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    # By way of a shell: setpriv still has root's capabilities while it executes something, and so could execute anything.
+    become = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "sh", "-c", 'exec "$@"', "sh"]
     root = Path(tempfile.mkdtemp(prefix="hostpart-nobody-"))  # tmp_path is below a directory of mode 0700
     try:
         source = root / "source"

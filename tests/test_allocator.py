@@ -422,6 +422,19 @@ def test_a_scenario_is_placed_whole_and_its_vms_never_meet(
 # --- single sentences --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("topology", "outer"),
+    [("2s4n40c2t", "the package"), ("4s2n40c2t", "the node")],
+    ids=["nodes in packages", "packages in nodes"],
+)
+def test_what_holds_the_other_is_chosen_before_it(topology: str, outer: str) -> None:
+    # Of the quarters, 10, 3, 6 and 6 cores are free: the second is the fullest, but in the emptier half.
+    machine = topology_of(CASES["topologies"][topology])
+    free = cpus("0-9,40-49,10-12,50-52,20-25,60-65,30-35,70-75")
+    for policy in ("packed", "llc"):
+        assert place(machine, Supply(free), Request(2, policy=policy)).pcpus == (20, 60), outer
+
+
 def test_packed_fills_a_core_before_the_next_and_the_odd_sibling_idles() -> None:
     placement = place(smt_machine(4), Supply(cpus("0-7")), Request(3))
     assert placement.pcpus == (0, 1, 4)
@@ -492,7 +505,10 @@ def test_whole_says_of_which_number_a_request_must_be_a_multiple() -> None:
     with pytest.raises(DoesNotFit) as caught:
         place(smt_machine(3, 4), Supply(cpus("1-11"), host=cpus("0")), Request(6, smt="whole"))
     assert "6 is not a multiple of 4, the threads of a core" in caught.value.blocks
-    assert caught.value.remedy.startswith("ask for 8 or fewer vCPUs, in multiples of 4")
+    assert caught.value.remedy == "ask for 8 or fewer vCPUs, in multiples of 4, or use --smt exclusive for up to 11"
+    with pytest.raises(DoesNotFit) as caught:
+        place(smt_machine(3, 4), Supply(cpus("1-2,4-5,7-8,10-11")), Request(6, smt="whole"))
+    assert caught.value.remedy == "ask for 8 or fewer vCPUs, in multiples of 4, or use --smt exclusive for up to 8"
 
 
 def test_whole_finds_cores_of_several_sizes_that_make_up_the_request() -> None:
@@ -525,6 +541,12 @@ def test_with_one_usable_pcpu_the_refusal_says_why_nothing_can_be_released() -> 
     topology = Topology((Pcpu(0),), cpus("0"))
     with pytest.raises(DoesNotFit, match="the only usable pCPU and the host needs one, so nothing can be released"):
         rest_count(topology, Supply(CpuSet(), host=cpus("0")), Request(0))
+
+
+def test_there_is_no_rest_where_no_count_of_whole_cores_will_do() -> None:
+    topology = topology_of([[0, 0, 0, 0, "0-2"], [1, 0, 0, 0, "3-4"], [2, 0, 0, 0, "5-6"]])
+    with pytest.raises(DoesNotFit):
+        rest_count(topology, Supply(cpus("3-6"), host=cpus("0-2")), Request(0, smt="whole"))
 
 
 def test_the_rest_leaves_the_core_of_the_host_alone_while_there_are_others() -> None:

@@ -715,6 +715,11 @@ def test_groups_that_only_overlap_are_not_drawn_into_each_other() -> None:
     assert drawn(topology).count("core") == 5  # four boxes and the summary
 
 
+def test_boxes_stand_in_order_of_their_lowest_cpu() -> None:
+    topology = Topology(tuple(Pcpu(cpu, core=cpu, package=min(cpu, 1)) for cpu in range(4)), CpuSet.parse("0-3"))
+    assert drawn(topology).index("package 0─") < drawn(topology).index("package 1─")
+
+
 def test_more_holders_than_letters_are_told_apart_below() -> None:
     topology = Topology(tuple(Pcpu(cpu, core=cpu) for cpu in range(60)), CpuSet.parse("0-59"))
     text = drawn(topology, {cpu: f"vm{cpu:02}" for cpu in range(60)})

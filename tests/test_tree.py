@@ -333,33 +333,6 @@ def keep_forking_frozen() -> dict[str, object]:
     return {"held": held, "states": sorted(states), "loose": len(frozen.loose), "many": len(frozen.stopped) > 3}
 
 
-def keep_comet_frozen() -> dict[str, object]:
-    said = Counter()
-    stop = time.monotonic() + 20
-
-    def comet() -> None:
-        sides()
-        while time.monotonic() < stop:
-            said[0] += 1
-            if os.fork():
-                os._exit(0)
-
-    guest(comet)
-    keeper_side()
-    until(lambda: said[0] > 20)
-    held = broke = 0
-    for _ in range(60):
-        frozen = tree.freeze(os.getpid(), patience_s=0.5)
-        at = said[0]
-        time.sleep(0.005)
-        held += frozen.holds
-        broke += frozen.holds and said[0] != at
-        tree.thaw(frozen.stopped)
-        time.sleep(0.003)
-        tree._reap(None)
-    return {"held_mostly": held > 30, "said_so_and_ran": broke}
-
-
 def keep_vfork() -> dict[str, object]:
     fifo = f"/tmp/hostpart-test-{os.getpid()}"
     os.mkfifo(fifo)
@@ -466,6 +439,7 @@ def keep_reap() -> dict[str, object]:
         seen[pid] = (stat.state if stat else "gone", status)
 
     done = guest(lambda: None)
+    until(lambda: (stat := procfs.read_stat(done)) and stat.state == "Z")
     running = guest(sleeper)
     tree.end(os.getpid(), reap)
     return {"done": seen[done], "running": seen[running], "count": len(seen)}
@@ -581,11 +555,26 @@ def test_a_guest_that_forks_all_the_time_is_frozen_whole(keeper: Callable[..., d
 
 
 @WALKS
-@pytest.mark.skipif(len(ALL) < 2, reason="needs two CPUs: the guest forks on one, the keeper looks from the other")
-def test_what_is_said_to_be_frozen_is_though_it_forks_and_ends_all_the_time(
-    keeper: Callable[..., dict[str, object]], walk: str
+@pytest.mark.parametrize(("always_new", "settled"), [(True, False), (False, True)], ids=["a new one", "the same"])
+def test_a_freeze_that_meets_a_new_zombie_at_every_look_claims_nothing(
+    monkeypatch: pytest.MonkeyPatch, walk: str, always_new: bool, settled: bool
 ) -> None:
-    assert keeper("comet_frozen", walk) == {"held_mostly": True, "said_so_and_ran": 0}
+    # A guest that forks and ends all the time can be missed at each look, but not its dead. Made up: the real one is
+    # caught too soon.
+    root, dead = 1 << 22, [1 << 22]
+
+    def pids(*_: object) -> list[int]:
+        dead[0] += always_new
+        return [dead[0] + 1]
+
+    def read_stat(pid: int, tid: int | None = None) -> procfs.Stat:
+        return procfs.Stat(pid, "comet", "Z", root, 1, 1, 0, 0, 0, 0, 0, 1, pid, 0)
+
+    monkeypatch.setattr(procfs, "read_stat", read_stat)
+    monkeypatch.setattr(procfs, "threads", lambda pid: [pid])
+    monkeypatch.setattr(procfs, "children", pids if walk == "children" else lambda *_: None)
+    monkeypatch.setattr(tree, "_user_processes", pids)
+    assert tree.freeze(root, patience_s=0.02) == tree.Frozen((), (), settled)
 
 
 def test_a_parent_in_vfork_is_held_by_its_stopped_child(keeper: Callable[..., dict[str, object]]) -> None:

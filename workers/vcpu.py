@@ -12,6 +12,8 @@ START is one byte, read by one worker; end of file instead of it means that ther
 
 from __future__ import annotations
 
+# What ctypes wraps: the wrapper's classes, one for each type of C, take as long to make as a process.
+import _ctypes
 import os
 import signal
 
@@ -20,10 +22,9 @@ from . import crash
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from ctypes import CDLL
     from typing import NoReturn
 
-__all__ = ["NOT_EXECUTABLE", "NOT_FOUND", "NOT_STARTED", "STAGES", "Order", "be_traced", "die_with", "fork", "prctl"]
+__all__ = ["NOT_EXECUTABLE", "NOT_FOUND", "NOT_STARTED", "STAGES", "Order", "be_traced", "die_with", "dispositions", "fork", "prctl"]
 
 NOT_STARTED, NOT_EXECUTABLE, NOT_FOUND = 125, 126, 127  # exit statuses, as env(1) and timeout(1) have them
 STAGES = ("parent", "cgroup", "pin", "sched", "nice", "mlock", "user", "cwd", "lease")
@@ -126,10 +127,7 @@ def be_traced() -> None:
 
     :raises OSError: where that is forbidden (``kernel.yama.ptrace_scope`` 3, a seccomp filter)
     """
-    import ctypes
-
-    if _libc().ptrace(0, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    _libc("ptrace", 0, 0, 0, 0)
 
 
 def prctl(option: int, argument: int) -> None:
@@ -137,22 +135,18 @@ def prctl(option: int, argument: int) -> None:
 
     :raises OSError: as the kernel says
     """
-    import ctypes
-
-    if _libc().prctl(option, ctypes.c_ulong(argument), 0, 0, 0):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    _libc("prctl", option, argument, 0, 0, 0)
 
 
-_loaded: list[CDLL] = []
+class _Function(_ctypes.CFuncPtr):
+    _flags_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO
 
 
-def _libc() -> CDLL:
-    # One for a process and its forks: ctypes makes classes for each.
-    import ctypes
-
-    if not _loaded:
-        _loaded.append(ctypes.CDLL(None, use_errno=True))
-    return _loaded[0]
+def _libc(name: str, *arguments: int) -> None:
+    # Call a function of the C library that takes integers and returns 0, or -1 and an errno.
+    function = _Function(_ctypes.dlsym(_ctypes.dlopen(None, 0), name))  # type: ignore[arg-type]
+    if function(*arguments):
+        raise OSError(_ctypes.get_errno(), os.strerror(_ctypes.get_errno()))
 
 
 def die_with(parent: int) -> None:
@@ -279,10 +273,7 @@ def _processor() -> int:
 
 
 def _lock_memory() -> None:
-    import ctypes
-
-    if _libc().mlockall(_MCL_CURRENT | _MCL_FUTURE):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    _libc("mlockall", _MCL_CURRENT | _MCL_FUTURE)
 
 
 def dispositions() -> tuple[frozenset[int], frozenset[int]]:
@@ -292,9 +283,9 @@ def dispositions() -> tuple[frozenset[int], frozenset[int]]:
     """
     with open("/proc/self/status", "rb", buffering=0) as file:
         status = file.read()
-    ignored, caught = (int(status.partition(b"\n" + name)[2].split(None, 1)[0], 16) for name in (b"SigIgn:", b"SigCgt:"))
-    numbers = range(1, signal.NSIG)
-    return frozenset(n for n in numbers if ignored >> n - 1 & 1), frozenset(n for n in numbers if caught >> n - 1 & 1)
+    masks = [int(status.partition(b"\n" + name)[2].split(None, 1)[0], 16) for name in (b"SigIgn:", b"SigCgt:")]
+    ignored, caught = (frozenset(n for n in range(1, signal.NSIG) if mask >> n - 1 & 1) for mask in masks)
+    return ignored, caught
 
 
 def settle_signals(order: Order) -> None:

@@ -36,7 +36,7 @@ _EXITS = "Exit status: 0 done, 1 failed, 2 usage or configuration, 3 does not fi
 
 def _module(command: str) -> ModuleType:
     # importlib's function of that purpose would be the one thing here that needs importlib.
-    return __import__(f"{__name__}.{command}", fromlist=["run"])  # type: ignore[no-any-return]
+    return __import__(f"{__name__}.{command}", fromlist=["run"])
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ..allocator import Request
 
-__all__ = ["add_request", "count", "cpu_list", "explicit_list", "request_of", "seconds", "wait_seconds"]
+__all__ = ["add_request", "count", "cpu_list", "explicit_list", "request_of", "scope", "seconds", "wait_seconds"]
 
 
 def count(text: str) -> int:
@@ -39,6 +39,14 @@ def explicit_list(text: str) -> tuple[int, ...]:
     if len(set(pcpus)) != len(pcpus):
         raise argparse.ArgumentTypeError(f"{text!r} names a pCPU twice")
     return tuple(pcpus)
+
+
+def scope(text: str) -> str:
+    """Check whose tasks may be moved: ``host``, ``user``, ``tree:PID`` or ``cgroup:PATH``."""
+    kind, _, what = text.partition(":")
+    if text in ("host", "user") or (kind == "tree" and what.isascii() and what.isdigit()) or (kind == "cgroup" and what.startswith("/")):
+        return text
+    raise argparse.ArgumentTypeError(f"want host, user, tree:PID or cgroup:/PATH, got {text!r}")
 
 
 def seconds(text: str) -> float:

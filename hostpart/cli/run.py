@@ -47,7 +47,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--smp", action="store_true", help="one process over all the pCPUs, not one per vCPU")
     parser.add_argument("--name", help="the VM's name (default: run-PID)")
     parser.add_argument("--isolation", choices=LEVELS, default="affinity", help="how far to keep others off (default: affinity)")
-    parser.add_argument("--scope", metavar="SCOPE", help="whose tasks may be moved: host, user, tree:PID, cgroup:PATH")
+    parser.add_argument("--scope", type=options.scope, metavar="SCOPE", help="whose tasks may be moved: host, user, tree:PID, cgroup:PATH")
     parser.add_argument("--require", action="store_true", help="fail rather than run at a lower level of isolation")
     parser.add_argument("--strict", action="store_true", help="exit 5 if the partition did not hold")
     parser.add_argument(
