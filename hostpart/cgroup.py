@@ -167,6 +167,18 @@ class Leaf:
         value = self._event("populated")
         return None if value is None else value == 1
 
+    def procs(self) -> set[int]:
+        """Return the pids in the leaf and in the cgroups that the guest has made in it; those of threaded ones are left out."""
+        found: set[int] = set()
+        for directory in self._directories():
+            try:
+                with open(f"{directory}/cgroup.procs", encoding="ascii") as file:
+                    found |= {int(line) for line in file}
+            except OSError as error:
+                if error.errno not in _REFUSED:
+                    raise
+        return found
+
     def cpu_usage_us(self) -> int | None:
         """Return the CPU time in microseconds of all that ever ran in the leaf and below.
 
@@ -181,8 +193,8 @@ class Leaf:
         """
         return self._until(self._removed, patience_s)
 
-    def _removed(self) -> bool:
-        # Not os.walk: before Python 3.12 it recurses, and a guest may nest deeper than Python does.
+    def _directories(self) -> list[str]:
+        # Each after the one it is in. Not os.walk: before Python 3.12 it recurses, and a guest may nest deeper than Python does.
         directories = [self.path]
         try:
             for directory in directories:
@@ -190,7 +202,10 @@ class Leaf:
                     directories += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
         except FileNotFoundError:
             pass
-        for directory in reversed(directories):
+        return directories
+
+    def _removed(self) -> bool:
+        for directory in reversed(self._directories()):
             try:
                 os.rmdir(directory)
             except FileNotFoundError:

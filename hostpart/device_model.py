@@ -333,18 +333,31 @@ class DeviceModel:
         :raises HostpartError: where some process could not be stopped (it then runs on, all of it)
         """
         self.vm_call(hc.IC_PAUSE_VM, "IC_PAUSE_VM")
-        if self.leaf is not None and self.leaf.freeze():
-            return
         if self.leaf is not None:
+            if self._freeze_leaf(self.leaf):
+                return
             self.leaf.thaw()
         self.frozen = tree.freeze(os.getpid())
         if not self.frozen.holds:
             loose = ", ".join(str(member.pid) for member in self.frozen.loose)
             self.resume()
             raise Failed(
-                f"pid {loose} of VM {self.config.name!r} could not be stopped, so the VM runs on",
-                "a set-uid program of the guest can be stopped by root only: 'sudo hostpart pause'",
+                f"{f'pid {loose}' if loose else 'something'} of VM {self.config.name!r} could not be stopped, so the VM runs on",
+                "try again; a set-uid program can be stopped by root only: start the VM as root, with --user",
             )
+
+    def _freeze_leaf(self, leaf: Leaf) -> bool:
+        # A guest of the same user may have written itself out of the leaf: what is put back freezes as it enters.
+        for _ in range(20):
+            if not leaf.freeze():
+                return False
+            inside = leaf.procs()
+            outside = [member.pid for member in tree.descendants(os.getpid()) if member.pid not in inside]
+            if not outside:
+                return True
+            for pid in outside:
+                leaf.enter(pid)
+        return False
 
     def resume(self) -> None:
         """Let the guest run again; what was stopped before the pause stays stopped."""

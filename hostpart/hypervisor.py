@@ -71,7 +71,7 @@ class Vm:
         self.leases: dict[int, int] = {}
         self.kept: dict[int, int] = {}
         self.vcpus: dict[int, Vcpu] = {}
-        self.unbound = list(placement.pcpus)
+        self.unbound = set(placement.pcpus)
 
     @property
     def vcpu_num(self) -> int:
@@ -150,9 +150,13 @@ class Hypervisor:
 
     # -- what the hypercalls do, by their ACRN names ------------------------------------------------
 
-    def allocate_pcpu(self, vm: Vm) -> int | None:
-        """Give the VM its next pCPU of those it was placed on; None where it has them all."""
-        return vm.unbound.pop(0) if vm.unbound else None
+    def allocate_pcpu(self, vm: Vm, vcpu_id: int) -> int | None:
+        """Give a vCPU the pCPU that the VM was placed on for it; None where it has had it and gave it back."""
+        pcpu = vm.placement.pcpus[vcpu_id]
+        if pcpu not in vm.unbound:
+            return None
+        vm.unbound.remove(pcpu)
+        return pcpu
 
     def free_pcpu(self, vm: Vm, pcpu: int) -> None:
         """Give the pCPU back: its lease ends here, also for those who inherited its descriptor."""
@@ -177,7 +181,7 @@ class Hypervisor:
         except BaseException:
             if not vcpu.pid:
                 del vm.vcpus[vcpu_id]
-                vm.unbound.insert(0, pcpu)
+                vm.unbound.add(pcpu)
             raise
         return vcpu
 
@@ -210,7 +214,7 @@ class Hypervisor:
         row = row.replace(id=self.ledger.add_vm(row))
         vm = self.vms[SERVICE_VMID] = Vm(SERVICE_VMID, row, Placement(pcpus))
         for vcpu_id in range(len(pcpus)):
-            pcpu = self.allocate_pcpu(vm)
+            pcpu = self.allocate_pcpu(vm, vcpu_id)
             assert pcpu is not None  # noqa: S101 - as many as it was placed on
             self.create_vcpu(vm, vcpu_id, pcpu)
         return vm
@@ -369,7 +373,7 @@ class Hypervisor:
             return -errno.EINVAL
         if wish.vcpu_id in vm.vcpus:
             return -errno.EBUSY
-        pcpu = self.allocate_pcpu(vm)
+        pcpu = self.allocate_pcpu(vm, wish.vcpu_id)
         if pcpu is None:
             return -errno.ENOSPC
         self.create_vcpu(vm, wish.vcpu_id, pcpu)

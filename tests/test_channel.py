@@ -41,8 +41,8 @@ def receive(channel: Channel, count: int) -> list[dict[str, object]]:
     return found
 
 
-@given(st.lists(st.dictionaries(st.text(max_size=5), PLAIN, max_size=4), max_size=8))
-@settings(deadline=None)
+@given(st.lists(st.dictionaries(st.text(max_size=5), PLAIN, max_size=3), max_size=4))
+@settings(max_examples=50, deadline=None)
 def test_messages_arrive_whole_and_in_order(messages: list[dict[str, object]]) -> None:
     one, other = Channel.pair()
     try:

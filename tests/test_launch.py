@@ -135,7 +135,7 @@ def test_a_signal_while_it_waits_for_pcpus_leaves_nothing_and_no_guest_has_run(p
     holder = place.start("run", "-n", str(len(USABLE) - 1), "--smp", "--", "sh", "-c", "echo ready; sleep 60")
     assert holder.stdout
     holder.stdout.readline()
-    process = place.start("launch", "--wait", scenario('command = ["echo", "it ran"]'))
+    process = place.start("launch", scenario('command = ["echo", "it ran"]'), "--wait")
     assert process.stderr
     assert "waits for pCPUs" in process.stderr.readline()
     process.terminate()

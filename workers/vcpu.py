@@ -169,6 +169,11 @@ def fork(order: Order) -> int:
     keeper = os.getpid()
     pid = os.fork()
     if pid:
+        try:
+            # It starts there at once, beside this process and not after it. That it is there is its own to make sure of.
+            os.sched_setaffinity(pid, order.pcpus)
+        except OSError:
+            pass  # the worker meets this too, and tells
         return pid
     # From here on nothing may return or raise into the keeper's frames.
     try:
