@@ -1,7 +1,8 @@
 """Two ways of doing the same, taken in turns, and the ratio pair by pair.
 
-Turns keep the ratio meaningful where the machine's speed drifts, and the median keeps a few runs that something else disturbed
-from moving it. What is measured, and what the ratio should be, is each ``bench_*.py``'s to say.
+Turns keep the ratio meaningful where the machine's speed drifts, and the median keeps a few runs that
+something else disturbed from moving it. What is measured, and what the ratio should be, is each
+``bench_*.py``'s to say.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def facts() -> str:
 
 @contextmanager
 def place() -> Iterator[dict[str, str]]:
-    """Give a lease directory and a runtime directory in RAM, as environment variables, so that no real lease is touched."""
+    """Give a lease directory and a runtime directory in RAM, as environment variables: no real lease is touched."""
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="hostpart-bench-") as folder:
         os.makedirs(f"{folder}/leases")
         os.makedirs(f"{folder}/run", 0o700)

@@ -177,6 +177,8 @@ def ask(directory: str, name: str, message: dict[str, Any], wait_s: float) -> di
     """
     import json
 
+    if name not in names(directory):
+        raise UnknownVm(name, names(directory))
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
     folder = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -40,7 +40,6 @@ __all__ = [
     "document",
     "find_drifts",
     "look",
-    "summary",
     "verdict",
 ]
 
@@ -417,35 +416,6 @@ def document(
     }
 
 
-def summary(doc: Mapping[str, Any], *, colour: bool = False) -> str:
-    """Return a document of :func:`document` for people: a table, and the verdict with its reasons below."""
-    from .cli.table import table
-
-    headers = ("vCPU", "pCPU", "pid", "seen on", "looks", "moved", "waited", "preempted", "run s", "queued ms", "exit")
-    rows = []
-    for vcpu in doc["vcpus"]:
-        run_ns, wait_ns = vcpu["run_ns"]["value"], vcpu["wait_ns"]["value"]
-        rows.append(
-            (
-                vcpu["vcpu"],
-                vcpu["pcpus"],
-                vcpu["pid"],
-                vcpu["cpus_seen"],
-                vcpu["looks"],
-                vcpu["migrations"]["value"],
-                vcpu["voluntary_switches"]["value"],
-                vcpu["involuntary_switches"]["value"],
-                None if run_ns is None else round(run_ns / 1e9, 3),
-                None if wait_ns is None else round(wait_ns / 1e6, 1),
-                _exit_word(vcpu["exit"]),
-            )
-        )
-    lines = [table(headers, rows, colour=colour)] if rows else []
-    lines.append(f"{doc['vm']}: {doc['verdict'] or 'no verdict'}")
-    lines += [f"  {text}" for text in (*doc["reasons"], *doc["notes"])]
-    return "\n".join(lines)
-
-
 def _go_over(pids: Iterable[int], pin: CpuSet) -> tuple[int, CpuSet, list[Drift]]:
     # Threads looked at; CPUs they run on or ran on last; those outside the pin.
     tasks, mask = 0, 0
@@ -499,12 +469,6 @@ def _exit(status: int | None) -> dict[str, int] | None:
         return None
     code = os.waitstatus_to_exitcode(status)
     return {"code": code} if code >= 0 else {"signal": -code}
-
-
-def _exit_word(exit: Mapping[str, int] | None) -> str | None:  # noqa: A002
-    if exit is None:
-        return None
-    return str(exit["code"]) if "code" in exit else f"signal {exit['signal']}"
 
 
 def _unseen(period_s: float | None, records: Sequence[VcpuRecord]) -> str:

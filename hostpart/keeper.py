@@ -140,7 +140,7 @@ class Keeper:
         self._drifts: dict[tuple[int, int], evidence.Drift] = {}
         self._told: set[tuple[int, int]] = set()
         self._final: dict[str, Any] = {}
-        self._killed = self._leftovers = 0
+        self._leftovers = 0
         self._next_look = 0.0
 
     def run(self) -> NoReturn:
@@ -483,7 +483,7 @@ class Keeper:
                 request.refuse(Failed(f"the keeper does not know {request.what!r}", "use the hostpart that started the VM"))
                 return
             self._look()
-            request.reply({"evidence": self._document(), "state": self._state(), "notes": self._notes})
+            request.reply({"evidence": self._document(), "state": self._state()})
         except HostpartError as error:
             request.refuse(error)
 
@@ -520,7 +520,9 @@ class Keeper:
         self.ledger.close()
 
     def _finish_tree(self) -> None:
+        # Counted before they are ended: a leaf's end is one write, and then nobody can tell how many there were.
         orderly = not self._stopping and not self.model.alive
+        self._leftovers = len(tree.descendants(os.getpid())) if orderly else 0
         survivors = self._kill_round()
         while survivors:
             pids = ", ".join(str(member.pid) for member in survivors)
@@ -528,14 +530,11 @@ class Keeper:
             while survivors:
                 time.sleep(0.5)
                 survivors = self._kill_round()
-        self._leftovers = self._killed if orderly else 0
 
     def _kill_round(self) -> tuple[tree.Member, ...]:
         if self.model.leaf is not None:
             self.model.leaf.kill()
-        ended = tree.end(os.getpid(), self._reap_one)
-        self._killed += ended.killed
-        return ended.survivors
+        return tree.end(os.getpid(), self._reap_one).survivors
 
     def _document(self, ended_s: float | None = None) -> dict[str, Any]:
         return evidence.document(

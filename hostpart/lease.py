@@ -278,8 +278,8 @@ class Line:
         with open("/proc/net/unix", encoding="utf-8", errors="replace") as file:
             names = [line.rstrip("\n").partition(mark)[2] for line in file if mark in line]
         # Any user may bind any name: what is no ticket stands in no line.
-        tickets = sorted(name.partition("-")[::2] for name in names if name.replace("-", "", 1).isdecimal())
-        return [int(pid) for since, pid in tickets if pid and f"{since}-{pid}" < self._ticket]
+        tickets = sorted(name for name in names if all(part.isdecimal() for part in name.split("-", 1)) and "-" in name)
+        return [int(ticket.partition("-")[2]) for ticket in tickets if ticket < self._ticket]
 
     def leave(self) -> None:
         """Stop waiting."""

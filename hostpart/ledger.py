@@ -348,7 +348,7 @@ class _Worded:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not isinstance(error, sqlite3.Error):
+        if not isinstance(error, (sqlite3.Error, UnicodeDecodeError)):  # the latter: a damaged file's message may quote it
             return
         if isinstance(error, sqlite3.ProgrammingError):
             return  # such as a closed ledger: a mistake of the caller's
@@ -365,7 +365,7 @@ class _Worded:
                 if limit.errno in (errno.EMFILE, errno.ENFILE):
                     raise limit from None
         if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or (
-            not name and isinstance(error, sqlite3.DatabaseError)
+            not name and isinstance(error, (sqlite3.DatabaseError, UnicodeDecodeError))
         ):
             raise LedgerUnusable(
                 path,

@@ -14,7 +14,7 @@ from workers import crash
 
 from . import cgroup, control, tree
 from .ledger import boot_id
-from .procfs import start_time
+from .procfs import read_stat
 from .value import Value
 
 TYPE_CHECKING = False
@@ -43,8 +43,15 @@ class Recovered(Value):
 
 def dirty(ledger: Ledger) -> list[VmRow]:
     """Return the VMs whose keeper is gone (of another boot, ended, or its pid is another process by now)."""
-    boot = boot_id()
-    return [row for row in ledger.vms() if row.boot_id != boot or start_time(row.keeper_pid) != row.keeper_start]
+    rows = ledger.vms()
+    boot = boot_id() if rows else ""
+    return [row for row in rows if row.boot_id != boot or not _lives(row.keeper_pid, row.keeper_start)]
+
+
+def _lives(pid: int, start: int) -> bool:
+    # A zombie is gone, and may stay one for as long as a container's init does not reap.
+    stat = read_stat(pid)
+    return stat is not None and stat.start == start and not stat.dead
 
 
 def recover(ledger: Ledger, *, only: str | None = None) -> list[Recovered]:

@@ -16,6 +16,7 @@ import jsonschema
 import pytest
 
 from hostpart import evidence, tree
+from hostpart.cli.evidence import summary
 from hostpart.cpuset import CpuSet
 from hostpart.evidence import Circumstances, Drift, Look, VcpuRecord
 
@@ -244,14 +245,14 @@ def test_the_summary_shows_each_vcpu_and_the_verdict_with_its_reasons() -> None:
     killed = ended(first, None)
     killed.end(a_look(run_ns=1_250_000_000, wait_ns=2_000_000), None, int(signal.SIGKILL))
     doc = write_up([killed, ended(first, a_look())], circumstances=Circumstances(leftovers=1))
-    lines = evidence.summary(doc).splitlines()
+    lines = summary(doc).splitlines()
     assert lines[0].split()[:2] == ["vCPU", "pCPU"]
     assert lines[1].split()[-4:] == ["1.25", "2.0", "signal", "9"]
     assert lines[2].split()[-3:] == ["-", "-", "0"]
     assert lines[3] == "rt: tainted"
     assert lines[4].strip() == "1 process of the guest outlived its vCPUs and had to be ended"
-    assert "\x1b" not in evidence.summary(doc)
-    assert "\x1b" in evidence.summary(doc, colour=True)
+    assert "\x1b" not in summary(doc)
+    assert "\x1b" in summary(doc, colour=True)
 
 
 # Real processes

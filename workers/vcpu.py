@@ -142,11 +142,15 @@ class _Function(_ctypes.CFuncPtr):
     _flags_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO
 
 
-def _libc(name: str, *arguments: int) -> None:
-    # Call a function of the C library that takes integers and returns 0, or -1 and an errno.
-    function = _Function(_ctypes.dlsym(_ctypes.dlopen(None, 0), name))  # type: ignore[arg-type]
-    if function(*arguments):
+_LIBC = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]
+
+
+def _libc(name: str, *arguments: int) -> int:
+    # Call a function of the C library that takes integers and returns one, -1 with an errno where it fails.
+    result: int = _Function(_ctypes.dlsym(_LIBC, name))(*arguments)
+    if result == -1:
         raise OSError(_ctypes.get_errno(), os.strerror(_ctypes.get_errno()))
+    return result
 
 
 def die_with(parent: int) -> None:
@@ -213,7 +217,7 @@ def _work(order: Order, keeper: int) -> None:
         crash.point("worker.pinned")
         if os.sched_getaffinity(0) != order.pcpus:
             raise OSError(22, "the mask that was read back differs")
-        processor = _processor()
+        processor = _libc("sched_getcpu")
         if processor not in order.pcpus:
             raise OSError(22, f"it runs on pCPU {processor}")
         stage = "nice"
@@ -269,12 +273,6 @@ def _run_logged(order: Order, flush: Callable[[], None]) -> None:
     if getattr(order.guest, "execs", False):
         flush()
     order.guest(order)
-
-
-def _processor() -> int:
-    # Field 39 of stat; the command before it, in parentheses, may hold anything.
-    with open("/proc/self/stat", "rb", buffering=0) as file:
-        return int(file.read().rpartition(b")")[2].split()[36])
 
 
 def _lock_memory() -> None:

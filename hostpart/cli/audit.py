@@ -8,8 +8,8 @@ import sys
 from ..audit import audit
 from ..census import census
 from ..errors import UnknownVm
-from ..evidence import summary
 from . import options
+from .evidence import summary
 from .table import colour_wanted, table
 
 __all__ = ["add", "run"]

@@ -62,7 +62,9 @@ where to put it, for yourself:
   hostpart completion zsh > ~/.zfunc/_hostpart     (with fpath+=~/.zfunc before compinit in ~/.zshrc)
   hostpart completion fish > ~/.config/fish/completions/hostpart.fish
 for this shell only:
-  source <(hostpart completion bash)     hostpart completion fish | source"""
+  source <(hostpart completion bash)     hostpart completion fish | source
+
+Exit status: 0 printed, 2 there is no such shell."""
     parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help="one of bash, zsh, fish")
 
 

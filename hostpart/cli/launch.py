@@ -214,7 +214,7 @@ class _Teller:
             self._print(f"service VM released pCPU {message['pcpus']}")
 
     def _evidence(self) -> None:
-        from ..evidence import summary
+        from .evidence import summary
 
         for document in self.documents:
             self._print("\n" + summary(document, colour=self.colour))

@@ -113,7 +113,7 @@ def _run(args: argparse.Namespace, document: dict[str, Any]) -> int:
         say(f"{args.command[0]!r}: {os.strerror(number)}")
     verdict = document["verdict"]
     if args.verbose:
-        from ..evidence import summary
+        from .evidence import summary
         from .table import colour_wanted
 
         print(summary(document, colour=colour_wanted(sys.stderr)), file=sys.stderr)

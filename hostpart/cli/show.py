@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"schema": 1, "vm": args.vm, "state": answer["state"], "evidence": answer["evidence"]}))
         return 0
     from ..census import census
-    from ..evidence import summary
+    from .evidence import summary
     from .table import colour_wanted
 
     for vm in census():
@@ -39,6 +39,4 @@ def run(args: argparse.Namespace) -> int:
             if vm.row.log:
                 print(f"output in {vm.row.log}")
     print(summary(answer["evidence"], colour=colour_wanted(sys.stdout)))
-    for note in answer["notes"]:
-        print(f"  {note}")
     return 0

@@ -1,0 +1,1 @@
+"""Workloads for a vCPU, one a module; usable as python guests."""

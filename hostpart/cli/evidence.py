@@ -1,0 +1,45 @@
+"""A VM's evidence for people: a table of a line per vCPU, the verdict and its reasons."""
+
+from __future__ import annotations
+
+from .table import table
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+__all__ = ["summary"]
+
+
+def summary(doc: Mapping[str, Any], *, colour: bool = False) -> str:
+    """Return a document of :func:`document` for people: a table, and the verdict with its reasons below."""
+    headers = ("vCPU", "pCPU", "pid", "seen on", "looks", "moved", "waited", "preempted", "run s", "queued ms", "exit")
+    rows = []
+    for vcpu in doc["vcpus"]:
+        run_ns, wait_ns = vcpu["run_ns"]["value"], vcpu["wait_ns"]["value"]
+        rows.append(
+            (
+                vcpu["vcpu"],
+                vcpu["pcpus"],
+                vcpu["pid"],
+                vcpu["cpus_seen"],
+                vcpu["looks"],
+                vcpu["migrations"]["value"],
+                vcpu["voluntary_switches"]["value"],
+                vcpu["involuntary_switches"]["value"],
+                None if run_ns is None else round(run_ns / 1e9, 3),
+                None if wait_ns is None else round(wait_ns / 1e6, 1),
+                _exit_word(vcpu["exit"]),
+            )
+        )
+    lines = [table(headers, rows, colour=colour)] if rows else []
+    lines.append(f"{doc['vm']}: {doc['verdict'] or 'no verdict'}")
+    lines += [f"  {text}" for text in (*doc["reasons"], *doc["notes"])]
+    return "\n".join(lines)
+
+
+def _exit_word(exit: Mapping[str, int] | None) -> str | None:  # noqa: A002
+    if exit is None:
+        return None
+    return str(exit["code"]) if "code" in exit else f"signal {exit['signal']}"
