@@ -56,8 +56,8 @@ class Worker:
 
 def main() -> None:
     """Measure and print."""
-    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 40
-    seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 1.0
+    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 0.2
     pcpu = str(max(os.sched_getaffinity(0)))
     print(facts())
     with place() as more:

@@ -41,6 +41,7 @@ _SCHEDULERS = {
     "fifo": os.SCHED_FIFO,
     "rr": os.SCHED_RR,
 }
+_RELOCK_WAIT_S = 1.0  # the keeper has more to do than to wait
 
 
 class Caller:
@@ -374,12 +375,20 @@ class DeviceModel:
             self.statuses[vcpu.vcpu_id] = status
             self.hypervisor.vcpu_ended(self.vm, vcpu)
 
-    def leases_lost(self) -> tuple[CpuSet, CpuSet]:
-        """Return the pCPUs whose lease somebody let go (``flock -u`` on an inherited descriptor), and those of them
-        that could not be taken again, because somebody else has them now."""
+    def leases_lost(self) -> tuple[CpuSet, CpuSet, CpuSet]:
+        """Return the pCPUs whose lease somebody let go (``flock -u`` on an inherited descriptor): all, those that are
+        taken again, and those that somebody else has now. What is neither is tried again at the next look."""
         lost = [pcpu for pcpu, fd in self.vm.leases.items() if not lease.is_locked(fd)]
-        gone = [pcpu for pcpu in lost if not lease.relock(self.vm.leases[pcpu])]
-        return CpuSet.of(lost), CpuSet.of(gone)
+        if not lost:
+            return CpuSet(), CpuSet(), CpuSet()
+        again: list[int] = []
+        try:
+            # Under the allocator's lock: others' looks take what is free for a moment.
+            with self.hypervisor.leases.lock(_RELOCK_WAIT_S):
+                again = [pcpu for pcpu in lost if lease.relock(self.vm.leases[pcpu])]
+        except lease.AllocatorBusy:
+            return CpuSet.of(lost), CpuSet(), CpuSet()
+        return CpuSet.of(lost), CpuSet.of(again), CpuSet.of(lost) - CpuSet.of(again)
 
     def vm_destroy(self) -> None:
         """Destroy the VM once all its workers have ended: vCPUs unbound, pCPUs freed, the ledger's rows struck out."""

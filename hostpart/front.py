@@ -16,7 +16,7 @@ import time
 
 from workers import crash
 
-from . import lease, recovery, tree
+from . import lease, procfs, recovery, tree
 from .cpuset import CpuSet
 from .errors import Failed, HostpartError
 from .keeper import adopt, fork_keeper
@@ -48,7 +48,7 @@ _WAITED = (
     signal.SIGUSR1,
     signal.SIGUSR2,
 )
-_PASSED_ON = (signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+_PASSED_ON = (signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Reported(HostpartError):
@@ -129,7 +129,6 @@ class Front:
         self.stopped_by: int | None = None
         self._stop_on_interrupt, self._hear = stop_on_interrupt, hear
         self._started = False
-        self._terminal = _foreground()
         self._affinity = os.sched_getaffinity(0)
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED)
         adopt()
@@ -199,7 +198,7 @@ class Front:
                 signal.sigtimedwait((signal.SIGCHLD, signal.SIGIO), 0.2)
         for keeper in self.keepers:
             keeper.channel.close()
-        _take_back(self._terminal)
+        _take_back()
         os.sched_setaffinity(0, self._affinity)
         # What was sent meanwhile has been heard: it must not be met a second time now.
         while signal.sigtimedwait(_WAITED, 0) is not None:
@@ -234,6 +233,8 @@ class Front:
             kept = frozenset(CpuSet.parse(message["kept"]))
             if kept:
                 os.sched_setaffinity(0, kept)
+        if event == "stopped":
+            self._stop_too()
         crash.point(f"front.{event}")
         keeper.over = keeper.over or event in ("ended", "error", "cancelled")
         self._hear(keeper, message)
@@ -285,11 +286,8 @@ class Front:
         if number in (signal.SIGCHLD, signal.SIGIO):
             return
         from_terminal = found.si_code == _SI_KERNEL
-        if number == signal.SIGTSTP:
-            self._suspend(from_terminal)
-            return
         stops = number in (signal.SIGTERM, signal.SIGHUP) or (number == signal.SIGINT and self._stop_on_interrupt)
-        if not self._started and number not in (signal.SIGUSR1, signal.SIGUSR2):
+        if not self._started and number not in (signal.SIGTSTP, signal.SIGUSR1, signal.SIGUSR2):
             self.stop(0.0)
             raise Interrupted(number)
         if stops:
@@ -305,39 +303,58 @@ class Front:
             if not keeper.over:
                 keeper.channel.send({"do": "signal", "number": int(number)})
 
-    def _suspend(self, from_terminal: bool) -> None:
-        # The terminal stopped the whole job, guests included; a kill(1) meant this process, and so the guests too.
-        if not from_terminal:
-            self._pass_on(signal.SIGTSTP)
+    def _stop_too(self) -> None:
+        # A terminal stops a job whole, and its shell has its turn when this process stops: not before the guests have, which may mind the
+        # signal, or stop of themselves (`suspend`). News may be old: what runs again is not to be stopped.
+        vcpus = [vcpu for keeper in self.keepers if not keeper.over for vcpu in keeper.said.get("ready", {}).get("vcpus", ())]
+        stats = [procfs.read_stat(vcpu["pid"]) for vcpu in vcpus]
+        tty = _terminal()
+        if tty is None or any(stat is not None and not stat.dead and stat.state != "T" for stat in stats):
+            return
+        had = _job_of(tty)
         os.kill(os.getpid(), signal.SIGSTOP)
-        if not from_terminal:
-            self._pass_on(signal.SIGCONT)
+        # A guest shell has a job of its own, which the user's shell knows nothing of: `fg` gave the terminal to this one.
+        if had not in (-1, os.getpgrp()) and _job_of(tty) == os.getpgrp():
+            _give(tty, had)
+        os.close(tty)
+        self._pass_on(signal.SIGCONT)
 
 
-def _foreground() -> tuple[int, int] | None:
-    # The terminal and the job that has it, if that is this one.
-    for fd in (0, 1, 2):
-        try:
-            if os.tcgetpgrp(fd) == os.getpgrp():
-                return fd, os.getpgrp()
-        except OSError:
-            continue
-    return None
+def _terminal() -> int | None:
+    try:
+        return os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return None  # there is none, or it is gone
 
 
-def _take_back(terminal: tuple[int, int] | None) -> None:
+def _take_back() -> None:
     # A guest that is a shell gives the terminal to its own jobs; killed, it does not give it back.
-    if terminal is None:
+    tty = _terminal()
+    if tty is None:
         return
-    fd, pgrp = terminal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
     try:
         # Only from a job that has no process left: the shell may have put this one into the background meanwhile.
-        os.killpg(os.tcgetpgrp(fd), 0)
+        os.killpg(os.tcgetpgrp(tty), 0)
     except ProcessLookupError:
-        os.tcsetpgrp(fd, pgrp)
+        _give(tty, os.getpgrp())
     except OSError:
-        pass  # it is somebody's, or the terminal is gone
+        pass  # it is somebody's
+    os.close(tty)
+
+
+def _job_of(tty: int) -> int:
+    try:
+        return os.tcgetpgrp(tty)
+    except OSError:
+        return -1  # the terminal is gone
+
+
+def _give(tty: int, pgrp: int) -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
+    try:
+        os.tcsetpgrp(tty, pgrp)
+    except OSError:
+        pass  # the terminal, or that job, is gone
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -142,6 +142,8 @@ class Keeper:
         self._final: dict[str, Any] = {}
         self._leftovers = 0
         self._next_look = 0.0
+        self._stopped: frozenset[int] = frozenset()
+        self._told_stopped = False
 
     def run(self) -> NoReturn:
         """Run the VM's whole life and end the process."""
@@ -343,6 +345,7 @@ class Keeper:
             if self._wake_r in fds:
                 os.read(self._wake_r, 4096)
             self._reap()
+            self._tell_stops()
             if self.model.status_fd in fds and status_open:
                 status_open = bool(self.model.hear())
                 if not status_open:
@@ -376,6 +379,24 @@ class Keeper:
                 return
             self._reap_one(ended.si_pid)
 
+    def _tell_stops(self) -> None:
+        # The user's shell sees the front: that one stops and goes on with its guest.
+        for pid in self.model.alive:
+            try:
+                found = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WCONTINUED | os.WNOHANG)
+            except ChildProcessError:
+                continue  # it has ended this instant: the kernel has no such news of a zombie
+            if found is not None:
+                self._stopped = self._stopped - {pid} if found.si_code == os.CLD_CONTINUED else self._stopped | {pid}
+        stopped = bool(self.model.alive) and self._stopped.issuperset(self.model.alive) and self._state() == "RUNNING"
+        if stopped == self._told_stopped:
+            return
+        self._told_stopped = stopped
+        if stopped:
+            self.front.send({"event": "stopped"})
+        elif os.getppid() == self.front_pid:
+            os.kill(self.front_pid, signal.SIGCONT)
+
     def _reap_one(self, pid: int) -> None:
         # While it is a zombie its last figures can still be read; wait4 gives the totals and ends that.
         record = self.records.get(pid)
@@ -403,10 +424,10 @@ class Keeper:
             self._drifts.setdefault((drift.pid, drift.tid), drift)
             astray.append((drift, self.model.pcpus))
         self._handle(astray)
-        lost, gone = self.model.leases_lost()
+        lost, again, gone = self.model.leases_lost()
         self._lost |= lost
-        if lost - gone:
-            self._note(f"the lease on pCPU {lost - gone} was let go by somebody who inherited it, and taken again")
+        if again:
+            self._note(f"the lease on pCPU {again} was let go by somebody who inherited it, and taken again")
         if gone and not self._stopping:
             # One pCPU carries one vCPU: the one that let go makes room.
             held = self.model.hypervisor.leases.holders(gone)
@@ -459,6 +480,7 @@ class Keeper:
         if grace_s > 0:
             self.model.signal(number)
             self._resume_quietly()
+            self.model.signal(signal.SIGCONT)  # what a terminal stopped has to run too
         until = time.monotonic() + grace_s
         self._grace_until = until if self._grace_until is None else min(until, self._grace_until)
 
@@ -499,6 +521,7 @@ class Keeper:
             return
         model.cancel()
         self._finish_tree()
+        self._tell_stops()
         if model.vhm.vmid is not None:
             self._final = self._document(time.time())
         # The row is struck out last: as long as there is something to find, it says where.

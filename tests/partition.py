@@ -37,9 +37,8 @@ def machine(cpus: Iterable[int], threads_per_core: int = 1) -> Topology:
 def row(name: str, token: str | None = None) -> VmRow:
     """Return what the ledger shall have of a VM whose keeper is this process."""
     pid = os.getpid()
-    return VmRow(
-        0, name, 0, token or os.urandom(16).hex(), boot_id(), "INIT", 0, "sleep", pid, start_time(pid) or 0, pid, time.time()
-    )  # fmt: skip
+    token = token or os.urandom(16).hex()
+    return VmRow(0, name, 0, token, boot_id(), "INIT", 0, "sleep", pid, start_time(pid) or 0, pid, time.time())
 
 
 class Partition:
@@ -48,7 +47,9 @@ class Partition:
     :param root: where its lease directory and its ledger are; without it, a temporary directory of its own
     """
 
-    def __init__(self, topology: Topology, root: Path | None = None, *, boot: Callable[[Vm, Vcpu], int] | None = None) -> None:
+    def __init__(
+        self, topology: Topology, root: Path | None = None, *, boot: Callable[[Vm, Vcpu], int] | None = None
+    ) -> None:
         self._own = None if root else tempfile.TemporaryDirectory()
         self.root = root or Path(self._own.name if self._own else "")
         (self.root / "run").mkdir(mode=0o700, exist_ok=True)

@@ -91,10 +91,9 @@ def test_create_vcpu_is_this_byte_for_byte() -> None:
 
 def test_create_vm_is_this_byte_for_byte() -> None:
     packed = hc.CreateVm(3, TOKEN, 1, 2, 1, (5, 6, 7), (0,), (1, 0x0203), 9).pack()
-    assert packed[:56].hex() == (
-        "ffffffff" "03000000" + TOKEN.hex() + "00" "01" "02" "01" "0300" "0100" "0200" "0900" + "00" * 20
-    )  # fmt: skip
-    assert packed[56:].hex() == "0500" "0600" "0700" "0000" "0100" "0302"
+    head = ["ffffffff", "03000000", TOKEN.hex(), "00", "01", "02", "01", "0300", "0100", "0200", "0900", "00" * 20]
+    assert packed[:56].hex() == "".join(head)
+    assert packed[56:].hex() == "".join(["0500", "0600", "0700", "0000", "0100", "0302"])
 
 
 @given(st.integers(-(2**31), 2**31 - 1), st.integers(0, 2**32 - 1), st.binary(min_size=16, max_size=16))
@@ -108,9 +107,15 @@ LISTS = st.lists(UINT16, max_size=9).map(tuple)
 
 @given(st.integers(0, 2**32 - 1), *[st.integers(0, 255)] * 3, LISTS, LISTS, LISTS, UINT16)
 def test_create_vm_round_trips(
-    count: int, policy: int, smt: int, kind: int, pcpus: tuple[int, ...], reserve: tuple[int, ...], keep: tuple[int, ...],
+    count: int,
+    policy: int,
+    smt: int,
+    kind: int,
+    pcpus: tuple[int, ...],
+    reserve: tuple[int, ...],
+    keep: tuple[int, ...],
     keep_count: int,
-) -> None:  # fmt: skip
+) -> None:
     wish = hc.CreateVm(count, TOKEN, policy, smt, kind, pcpus, reserve, keep, keep_count)
     assert hc.CreateVm.unpack(bytes(wish.pack())) == wish
 
@@ -155,17 +160,17 @@ READABLE: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("make", UNREADABLE.values(), ids=list(UNREADABLE))
 def test_a_buffer_that_cannot_be_copied_is_told_and_not_raised(make: Callable[[], object]) -> None:
-    assert hc.copy_from_user(make(), 8) is None  # type: ignore[arg-type]
-    assert hc.copy_to_user(make(), bytes(8)) is False  # type: ignore[arg-type]
+    assert hc.copy_from_user(make(), 8) is None
+    assert hc.copy_to_user(make(), bytes(8)) is False
 
 
 @pytest.mark.parametrize("make", READABLE.values(), ids=list(READABLE))
 def test_whatever_has_writable_bytes_is_read_and_written_through(make: Callable[[], object]) -> None:
     buffer = make()
-    assert hc.copy_to_user(buffer, b"\1\2\3\4\5\6\7\x08")  # type: ignore[arg-type]
-    assert hc.copy_from_user(buffer, 8) == b"\1\2\3\4\5\6\7\x08"  # type: ignore[arg-type]
+    assert hc.copy_to_user(buffer, b"\1\2\3\4\5\6\7\x08")
+    assert hc.copy_from_user(buffer, 8) == b"\1\2\3\4\5\6\7\x08"
     size = 56 if isinstance(buffer, AcrnCreateVm) else 64
-    assert hc.copy_all_from_user(buffer) == b"\1\2\3\4\5\6\7\x08" + bytes(size - 8)  # type: ignore[arg-type]
+    assert hc.copy_all_from_user(buffer) == b"\1\2\3\4\5\6\7\x08" + bytes(size - 8)
 
 
 def test_read_only_bytes_are_read_and_not_written() -> None:

@@ -31,7 +31,8 @@ NOBODY = 65534
 
 
 def _say(text: object) -> None:
-    print(text, flush=True)
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
     sys.stdin.read()
 
 
@@ -81,7 +82,7 @@ def do_race(root: str, racers: str) -> None:
         pids.append(pid)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     said = [json.loads(path.read_text()) for path in Path(root).glob("said-*")]
-    print(json.dumps({"failed": sum(map(bool, statuses)), "said": said}))
+    json.dump({"failed": sum(map(bool, statuses)), "said": said}, sys.stdout)
 
 
 def _race(root: Path, owners: Path, number: int, losers: int) -> None:
@@ -412,7 +413,11 @@ def test_a_stranger_s_socket_name_is_no_ticket(leases: Leases) -> None:
 def test_fifty_processes_race_for_three_pcpus_and_no_pcpu_ever_has_two_owners(tmp_path: Path) -> None:
     (tmp_path / "leases").mkdir()
     race = subprocess.run(
-        [sys.executable, __file__, "do_race", str(tmp_path), "50"], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, __file__, "do_race", str(tmp_path), "50"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     result = json.loads(race.stdout)
     assert result["failed"] == 0, race.stderr
@@ -467,7 +472,9 @@ def test_too_few_descriptors_give_a_sentence_whichever_step_they_fail_at(place: 
     args = ("run", "--", "true") if command == "run" else (command,)
     codes = {}
     for limit in (6, 7, 9, 11, 12, 13, 14, 15, 40):
-        done = place.run(*args, preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit)))
+        done = place.run(
+            *args, preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        )
         codes[limit] = done.returncode
         assert "Traceback" not in done.stderr, (limit, done.stderr)
         if done.returncode:

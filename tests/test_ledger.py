@@ -16,6 +16,7 @@ from conftest import Place
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hostpart.errors import HostpartError
 from hostpart.ledger import Ledger, LedgerUnusable, NameTaken, VcpuRow, VmRow, runtime_directory
 
 NOBODY = 65534
@@ -150,7 +151,8 @@ def test_an_old_ledger_brought_up_by_many_at_once_is_brought_up_once(tmp_path: P
     make_old(tmp_path)
     script = "import sys; from hostpart.ledger import Ledger; print(len(Ledger(sys.argv[1]).vms()))"
     started = [
-        subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True) for _ in range(8)
+        subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(8)
     ]
     assert [process.communicate()[0].strip() for process in started] == ["1"] * 8
 
@@ -207,8 +209,20 @@ def test_flipped_bytes_are_read_or_refused_in_words_and_never_raise_sqlite_s_err
                 ledger.vcpus(row.id)
             ledger.add_vm(vm_row("other"))
     except (LedgerUnusable, NameTaken) as error:
-        assert str(error)
-        assert error.remedy
+        refusal: HostpartError | None = error
+    else:
+        refusal = None
+    assert refusal is None or (str(refusal) and refusal.remedy)
+
+
+def test_a_damage_whose_message_is_no_text_is_told_as_damage(tmp_path: Path) -> None:
+    Ledger(str(tmp_path)).close()
+    path = tmp_path / "ledger.sqlite"
+    content = path.read_bytes()
+    assert b"CREATE TABLE vcpu" in content
+    path.write_bytes(content.replace(b"CREATE TABLE vcpu", b"CREATE \x80ABLE vcpu"))
+    with pytest.raises(LedgerUnusable, match="is damaged"):
+        Ledger(str(tmp_path))
 
 
 def test_a_removed_ledger_is_told_apart_and_the_next_one_is_new(tmp_path: Path) -> None:
@@ -233,7 +247,8 @@ def test_a_disk_that_is_full_is_said_and_the_ledger_is_as_before(tmp_path: Path)
         "size = os.stat(ledger.path).st_size\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))\n"
         "try:\n"
-        "    for n in range(1000): ledger.add_vm(VmRow(0, f'vm-{n}', 0, str(n), 'b', 'INIT', 1, 'x' * 3000, 1, 2, 3, 4.0))\n"
+        "    for n in range(1000):\n"
+        "        ledger.add_vm(VmRow(0, f'vm-{n}', 0, str(n), 'b', 'INIT', 1, 'x' * 3000, 1, 2, 3, 4.0))\n"
         "except LedgerUnusable as error: print(error); print(error.remedy)\n"
         "print(len(ledger.vms()))\n"
     )
@@ -248,8 +263,7 @@ def test_a_disk_that_is_full_is_said_and_the_ledger_is_as_before(tmp_path: Path)
 def test_a_full_database_is_told_as_a_full_disk(ledger: Ledger) -> None:
     ledger._db.execute("PRAGMA max_page_count = 1")
     with pytest.raises(LedgerUnusable, match="cannot grow: the disk is full"):
-        for number in range(1000):
-            ledger.add_vm(vm_row(f"vm-{number}", guest="x" * 3000))
+        ledger.add_vm(vm_row(guest="x" * 100_000))
 
 
 @pytest.fixture
@@ -316,6 +330,11 @@ def make_link(path: Path) -> None:
     path.symlink_to(target)
 
 
+def make_open(path: Path, mode: int) -> None:
+    path.mkdir()
+    path.chmod(mode)
+
+
 def make_foreign(path: Path) -> None:
     path.mkdir(mode=0o700)
     os.chown(path, NOBODY, NOBODY)
@@ -325,8 +344,8 @@ WRONG: dict[str, tuple[Callable[[Path], object], str, int]] = {
     "a link": (make_link, "is a symbolic link, and is not followed", 4),
     "a broken link": (lambda path: path.symlink_to("nowhere"), "is a symbolic link", 4),
     "another user's": (make_foreign, f"belongs to uid {NOBODY}, not to you", 4),
-    "open to others": (lambda path: (path.mkdir(), path.chmod(0o755)), "is open to others (mode 755)", 4),
-    "open to the group": (lambda path: (path.mkdir(), path.chmod(0o710)), "is open to others (mode 710)", 4),
+    "open to others": (lambda path: make_open(path, 0o755), "is open to others (mode 755)", 4),
+    "open to the group": (lambda path: make_open(path, 0o710), "is open to others (mode 710)", 4),
     "a file": (lambda path: path.touch(), "is not a directory", 1),
     "a pipe": (os.mkfifo, "is not a directory", 1),
 }
@@ -363,9 +382,7 @@ def test_a_runtime_directory_that_cannot_be_made_is_said_with_where_to_look(plac
     assert f"ls -ld {place.runtime / 'not'}" in done.stderr
 
 
-def test_a_user_s_directory_is_below_xdg_s_where_that_is_the_user_s(
-    as_nobody: list[str], open_path: Path
-) -> None:
+def test_a_user_s_directory_is_below_xdg_s_where_that_is_the_user_s(as_nobody: list[str], open_path: Path) -> None:
     own, foreign = open_path / "own", open_path / "foreign"
     own.mkdir(0o700)
     foreign.mkdir(0o700)

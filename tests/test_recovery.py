@@ -48,7 +48,9 @@ def sleeper() -> Iterator[Sleeper]:
 
 def enter(ledger: Ledger, name: str = "rt", **changes: object) -> VmRow:
     """Enter a VM with one vCPU on pCPU 5, by default of a keeper that never was."""
-    row = VmRow(0, name, 0, os.urandom(16).hex(), boot_id(), "RUNNING", 1, "sleep", 2**22 - 1, 1, 0, 0.0).replace(**changes)
+    row = VmRow(0, name, 0, os.urandom(16).hex(), boot_id(), "RUNNING", 1, "sleep", 2**22 - 1, 1, 0, 0.0).replace(
+        **changes
+    )
     row = row.replace(id=ledger.add_vm(row))
     ledger.add_vcpu(VcpuRow(row.id, 0, 5, row.service, 1, 1, "RUNNING"))
     return row
@@ -182,12 +184,13 @@ def test_a_socket_that_was_left_is_removed_and_a_live_vm_s_is_not(ledger: Ledger
 # -- after a real kill of everything -------------------------------------------------------------------
 
 # Its daemon closes all descriptors, so no lease and no pipe shows that it lives.
-DAEMON = "exec 3>&-; (setsid sh -c 'for fd in /proc/self/fd/*; do eval \"exec ${fd##*/}>&-\"; done 2>/dev/null; exec sleep 600' &) ; sleep 600"
+_CLOSE_ALL = "import os; os.setsid(); os.closerange(0, 4096); os.execvp('sleep', ['sleep', '600'])"
+DAEMON = f'({sys.executable} -c "{_CLOSE_ALL}" &); exec sleep 600'
 
 
-def kill_all_of(place: Place, *options: str) -> tuple[int, int]:
-    """Run a VM whose guest has a daemon, kill its front and its keeper at once; return the daemon's pid and its pCPU."""
-    front = place.start("run", "--name", "rt", *options, "--", "sh", "-c", DAEMON)
+def kill_all_of(place: Place, *options: str, guest: str = DAEMON) -> tuple[int, int]:
+    """Run a VM whose guest has a daemon, kill its front and its keeper; return the daemon's pid and its pCPU."""
+    front = place.start("run", "--name", "rt", *options, "--", "sh", "-c", guest)
 
     def vm() -> dict[str, object]:
         return next(iter(json.loads(place.run("ps", "--json").stdout)["vms"]), {})
@@ -205,9 +208,11 @@ def kill_all_of(place: Place, *options: str) -> tuple[int, int]:
 
     assert wait_until(lambda: len(daemons()) == 1)
     (daemon,) = daemons()
-    for pid in (front.pid, keeper):
-        os.kill(pid, signal.SIGSTOP)  # so that neither sees the other end
-    for pid in (front.pid, keeper):
+    # The front is stopped, so that it does not see its keeper end. The other way round the kernel would wake the
+    # keeper: a stopped process group that is orphaned is continued.
+    os.kill(front.pid, signal.SIGSTOP)
+    assert wait_until(lambda: (stat := read_stat(front.pid)) is not None and stat.state == "T")
+    for pid in (keeper, front.pid):
         os.kill(pid, signal.SIGKILL)
     front.wait()
     assert wait_until(lambda: start_time(vcpu["pid"]) is None), "the worker outlived its keeper"
@@ -220,7 +225,10 @@ def test_a_daemon_of_a_killed_vm_is_ended_before_its_pcpu_is_given_out_again(pla
     assert os.sched_getaffinity(daemon) == {pcpu}
     listed = json.loads(place.run("ps", "--json").stdout)["vms"]
     assert [vm["state"] for vm in listed] == ["dirty"]
-    done = place.run("run", "--pcpus", str(pcpu), "--", "sh", "-c", f"! kill -0 {daemon}")
+    look = (
+        f"test ! -e /proc/{daemon} || grep -q '^State:.Z' /proc/{daemon}/status"  # whoever adopts it reaps it some time
+    )
+    done = place.run("run", "--pcpus", str(pcpu), "--", "sh", "-c", look)
     assert done.returncode == 0, done.stderr
     assert "that VM 'rt' left" in done.stderr
     assert wait_until(place.is_clean)
@@ -242,7 +250,8 @@ def test_restore_shows_first_and_then_does_it_and_a_second_time_there_is_nothing
 def test_root_restores_what_a_guest_of_another_user_left(place: Place, two_pcpus: None) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root, to become another user")
-    daemon, _ = kill_all_of(place, "--user", str(NOBODY), "--group", str(NOBODY))
+    guest = "setsid -f sleep 600; exec sleep 600"
+    daemon, _ = kill_all_of(place, "--user", str(NOBODY), "--group", str(NOBODY), guest=guest)
     status = read_status(daemon)
     assert status is not None
     assert status.uid == NOBODY
@@ -265,7 +274,8 @@ def test_a_vm_ends_clean_with_its_own_exit_code_though_its_ledger_is_gone(
     place: Place, tmp_path: Path, breaks: str, two_pcpus: None
 ) -> None:
     ready, go = tmp_path / "ready", tmp_path / "go"
-    script = f"(setsid sleep 600 >/dev/null 2>&1 </dev/null &); touch {ready}; while ! [ -e {go} ]; do sleep 0.02; done; exit 7"
+    script = "(setsid sleep 600 >/dev/null 2>&1 </dev/null &); "
+    script += f"touch {ready}; while ! [ -e {go} ]; do sleep 0.02; done; exit 7"
     front = place.start("run", "--", "sh", "-c", script)
     assert wait_until(ready.exists, 20), front.poll()
     path = place.runtime / "ledger.sqlite"

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import Place, wait_until
+from conftest import NOBODY, Place, wait_until
 
 from hostpart import procfs
 from hostpart.cpuset import CpuSet
@@ -112,7 +112,9 @@ def test_when_the_keeper_is_killed_the_front_ends_the_guest_and_says_so(anyones_
     os.kill(row.keeper_pid, signal.SIGKILL)
     _, said = front.communicate(timeout=30)
     assert front.returncode == 125
-    assert f"the keeper of VM 'vm' (pid {row.keeper_pid}) was killed; its guest was ended and its pCPUs are free" in said
+    assert (
+        f"the keeper of VM 'vm' (pid {row.keeper_pid}) was killed; its guest was ended and its pCPUs are free" in said
+    )
     assert "try: run it again" in said
     assert not alive(daemons)
     assert anyones_place.is_clean()
@@ -142,7 +144,9 @@ def test_when_front_and_keeper_are_killed_the_workers_end_at_once_and_the_daemon
     assert "hostpart restore" in listed.stdout
     # Seen from the next guest: there may be zombies that init has not reaped, and nothing else.
     states = " ".join(f"/proc/{pid}/status" for pid in daemons)
-    done = anyones_place.run("run", "--", "sh", "-c", f"cat {states} 2> /dev/null | grep State: | grep -v Z; echo looked")
+    done = anyones_place.run(
+        "run", "--", "sh", "-c", f"cat {states} 2> /dev/null | grep State: | grep -v Z; echo looked"
+    )
     assert (done.returncode, done.stdout) == (0, "looked\n")
     assert "ended 3 processes that VM 'vm' left when hostpart was killed" in done.stderr
     assert anyones_place.is_clean()
@@ -179,15 +183,11 @@ def test_the_leaf_finds_daemons_that_dropped_their_environment(place: Place, req
 def test_a_guest_of_another_user_is_found_when_root_cleans_up(anyones_place: Place) -> None:
     if "setpriv" in anyones_place.command:
         pytest.skip("needs root's hostpart, which can start guests as other users")
-    said = anyones_place.runtime.parent / "pid"
-    guest = f"setsid sh -c 'echo $$ > {said}; exec sleep 300' & sleep 300"
-    for folder in said.parent, said.parent.parent, said.parent.parent.parent:
-        os.chmod(folder, 0o711)
-    said.touch()
-    said.chmod(0o666)
-    anyones_place.start("run", "--name", "vm", "--user", "65534", "--group", "65534", "--", "sh", "-c", guest)
-    assert wait_until(said.read_text)
-    pid = int(said.read_text())
+    guest = "setsid sh -c 'echo $$; exec sleep 300' & sleep 300"
+    user = ["--user", str(NOBODY), "--group", str(NOBODY)]
+    front = anyones_place.start("run", "--name", "vm", *user, "--", "sh", "-c", guest)
+    assert front.stdout is not None
+    pid = int(front.stdout.readline())
     with Ledger(str(anyones_place.runtime)) as ledger:
         (row,) = ledger.vms()
     kill_both(row)
@@ -233,7 +233,9 @@ def test_a_kill_at_any_phase_leaves_nothing_in_the_way(anyones_place: Place, poi
     anyones_place.env["HOSTPART_DIE_AT"] = points
     died = anyones_place.run("run", "--name", "vm", "--", "true")
     # A worker that dies when it is READY dies before START or just after.
-    codes = (125, 128 + signal.SIGKILL) if points == "worker.ready" else (-signal.SIGKILL if "front" in points else 125,)
+    codes = (
+        (125, 128 + signal.SIGKILL) if points == "worker.ready" else (-signal.SIGKILL if "front" in points else 125,)
+    )
     assert died.returncode in codes
     if died.returncode == 125:
         assert "was killed" in died.stderr
@@ -242,7 +244,9 @@ def test_a_kill_at_any_phase_leaves_nothing_in_the_way(anyones_place: Place, poi
     next_finds_everything_free(anyones_place)
 
 
-@pytest.mark.parametrize("points", ["keeper.ready", "keeper.ended,front.lost", "front.start", "front.booted", "front.ready"])
+@pytest.mark.parametrize(
+    "points", ["keeper.ready", "keeper.ended,front.lost", "front.start", "front.booted", "front.ready"]
+)
 def test_a_launch_that_is_killed_leaves_nothing_in_the_way(place: Place, points: str) -> None:
     place.env["HOSTPART_DIE_AT"] = points
     died = place.run("launch", scenario(place, 'command = ["true"]'))
@@ -282,7 +286,9 @@ def test_when_the_front_of_a_detached_launch_is_killed_its_vm_ends(place: Place)
 
 def test_a_user_vm_goes_on_when_the_service_vms_keeper_is_killed(place: Place) -> None:
     stop = place.runtime / "stop"
-    launch = place.start("launch", scenario(place, f'command = ["sh", "-c", "until test -e {stop}; do sleep 0.05; done"]'))
+    launch = place.start(
+        "launch", scenario(place, f'command = ["sh", "-c", "until test -e {stop}; do sleep 0.05; done"]')
+    )
 
     def rows() -> list[VmRow]:
         with Ledger(str(place.runtime)) as ledger:
@@ -315,9 +321,8 @@ from hostpart.topology import read_topology
 
 front = Front(read_topology(Host()), Caller(), stop_on_interrupt=True)
 guest = Guest("command", ("sh", "-c", "until test -e %s; do sleep 0.05; done" % sys.argv[1]))
-keepers = [
-    front.start(VmConfig(name, guest, vcpus=1), ServiceVm(keep=0), Options(reach("affinity", False))) for name in ("one", "two")
-]
+options = Options(reach("affinity", False))
+keepers = [front.start(VmConfig(name, guest, vcpus=1), ServiceVm(keep=0), options) for name in ("one", "two")]
 front.wait(lambda: all(keeper.has("ready") for keeper in keepers))
 front.running()
 front.wait(lambda: all(keeper.over for keeper in keepers))
@@ -362,7 +367,9 @@ def test_a_recycled_pid_is_nobodys_keeper_and_is_left_alone(
     began = procfs.start_time(process.pid)
     assert began is not None
     with Ledger(str(place.runtime)) as ledger:
-        row = VmRow(0, "vm", 0, os.urandom(16).hex(), boot_id(), "RUNNING", 1, "x", process.pid, began - 1, process.pid, 0.0)
+        row = VmRow(
+            0, "vm", 0, os.urandom(16).hex(), boot_id(), "RUNNING", 1, "x", process.pid, began - 1, process.pid, 0.0
+        )
         ledger.add_vcpu(VcpuRow(ledger.add_vm(row), 0, pcpu, 0, process.pid, began - 1, "RUNNING"))
     assert "dirty" in place.run("ps").stdout
     done = place.run("run", "--name", "vm", "--pcpus", str(pcpu), "--", "echo", "mine")
@@ -390,7 +397,9 @@ def test_a_keeper_that_nobody_reaps_is_gone_all_the_same(place: Place) -> None:
         began = procfs.start_time(zombie.pid)
         assert began is not None
         with Ledger(str(place.runtime)) as ledger:
-            ledger.add_vm(VmRow(0, "vm", 0, "00" * 16, boot_id(), "RUNNING", 1, "x", zombie.pid, began, zombie.pid, 0.0))
+            ledger.add_vm(
+                VmRow(0, "vm", 0, "00" * 16, boot_id(), "RUNNING", 1, "x", zombie.pid, began, zombie.pid, 0.0)
+            )
         assert place.run("run", "--name", "vm", "--", "true").returncode == 0
         assert place.is_clean()
 

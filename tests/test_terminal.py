@@ -236,12 +236,16 @@ def test_a_pager_works(terminal: Terminal) -> None:
 def test_a_shell_as_guest_has_job_control_of_its_own(terminal: Terminal) -> None:
     terminal.type("PS1='IN''NER> ' hp run -- bash --norc --noediting -i\n")
     terminal.expect("INNER> ")
-    terminal.type("sleep 60\n")
-    terminal.expect("sleep 60\r\n")
+    terminal.type("sh -c 'echo go''ing; exec sleep 60'\n")
+    terminal.expect("going\r\n")
     terminal.type("\x1a")
     terminal.expect("Stopped")
     terminal.expect("INNER> ")
-    terminal.type("kill %1; exit 7\n")
+    terminal.type("fg\n")
+    terminal.expect("exec sleep 60")
+    terminal.type("\x03")
+    terminal.expect("INNER> ")
+    terminal.type("exit 7\n")
     terminal.expect(PROMPT)
     assert "status=7" in terminal.run("echo status=$?")
 
@@ -249,8 +253,8 @@ def test_a_shell_as_guest_has_job_control_of_its_own(terminal: Terminal) -> None
 def test_the_terminal_is_the_shells_again_after_a_guest_shell_was_killed(terminal: Terminal, place: Place) -> None:
     terminal.type("PS1='IN''NER> ' hp run --name box -- bash --norc --noediting -i\n")
     terminal.expect("INNER> ")
-    terminal.type("sleep 60\n")
-    terminal.expect("sleep 60\r\n")
+    terminal.type("sh -c 'echo go''ing; exec sleep 60'\n")
+    terminal.expect("going\r\n")
     assert place.run("stop", "-t", "0", "box").returncode == 0
     terminal.expect(PROMPT)
     assert "status=137" in terminal.run("echo status=$?")
@@ -268,6 +272,26 @@ def test_a_guest_shell_that_suspends_itself_gives_the_outer_shell_its_turn(termi
     terminal.expect("inside again\r\n")
     terminal.expect(PROMPT)
     assert "status=3" in terminal.run("echo status=$?")
+
+
+@pytest.mark.parametrize("grace", ["0", "30"])
+def test_a_suspended_job_can_be_ended_from_elsewhere(terminal: Terminal, place: Place, grace: str) -> None:
+    terminal.type("hp run --name box -- sh -c 'echo going; exec sleep 60'\n")
+    terminal.expect("going\r\n")
+    terminal.type("\x1a")
+    terminal.expect("Stopped")
+    terminal.expect(PROMPT)
+    assert place.run("stop", "-t", grace, "box", timeout=20).returncode == 0
+    assert wait_until(lambda: "Stopped" not in terminal.run("jobs"))
+
+
+def test_a_guest_that_does_not_mind_ctrl_z_goes_on_in_the_foreground(terminal: Terminal) -> None:
+    terminal.type("hp run -- sh -c 'trap \"\" TSTP; echo going; read line; echo got $line'\n")
+    terminal.expect("going\r\n")
+    terminal.type("\x1a")
+    terminal.type("hello\n")
+    terminal.expect("got hello\r\n")
+    terminal.expect(PROMPT)
 
 
 def test_a_pause_leaves_the_shells_job_running(terminal: Terminal, place: Place) -> None:

@@ -15,7 +15,12 @@ from hostpart import hypercall as hc
 from hostpart.hypervisor import Vcpu, Vm
 from hostpart.vhm import Vhm
 
-VCPU_REQUESTS = {"start": hc.IC_START_VM, "pause": hc.IC_PAUSE_VM, "destroy": hc.IC_DESTROY_VM, "vcpu": hc.IC_CREATE_VCPU}
+VCPU_REQUESTS = {
+    "start": hc.IC_START_VM,
+    "pause": hc.IC_PAUSE_VM,
+    "destroy": hc.IC_DESTROY_VM,
+    "vcpu": hc.IC_CREATE_VCPU,
+}
 
 
 @pytest.fixture
@@ -70,7 +75,7 @@ def test_a_vm_s_id_is_returned_and_written_into_the_buffer(partition: Partition,
     wish = partition.wish(1)
     vmid = vhm.ioctl(hc.IC_CREATE_VM, wish)
     assert vmid > 0
-    assert hc.CreateVm.unpack(wish).vmid == vmid == vhm.vmid
+    assert hc.CreateVm.unpack(bytes(wish)).vmid == vmid == vhm.vmid
 
 
 def test_a_vm_that_does_not_fit_is_enospc_and_the_device_is_free_for_another(partition: Partition, vhm: Vhm) -> None:
@@ -96,7 +101,8 @@ def test_vcpu_num_counts_what_was_created_and_nothing_that_was_refused(partition
     assert vhm.vmid is not None
     end_workers(partition, vhm.vmid)
     assert vhm.ioctl(hc.IC_DESTROY_VM) == 0
-    assert (vhm.vmid, vhm.vcpu_num) == (None, 0)
+    assert vars(vhm)["vmid"] is None
+    assert vhm.vcpu_num == 0
     assert partition.untouched()
 
 
@@ -106,7 +112,7 @@ def test_pcpu_id_is_out_only(partition: Partition, vhm: Vhm, written: int) -> No
     for vcpu_id, pcpu in enumerate((FIRST + 3, FIRST + 1)):
         buffer = hc.CreateVcpu(vcpu_id, written).pack()
         assert vhm.ioctl(hc.IC_CREATE_VCPU, buffer) == 0
-        assert hc.CreateVcpu.unpack(buffer) == hc.CreateVcpu(vcpu_id, pcpu)
+        assert hc.CreateVcpu.unpack(bytes(buffer)) == hc.CreateVcpu(vcpu_id, pcpu)
 
 
 def test_destroying_a_vm_whose_vcpu_has_not_ended_is_ebusy_and_changes_nothing(partition: Partition, vhm: Vhm) -> None:
@@ -159,7 +165,7 @@ def test_a_worker_that_cannot_be_forked_gives_that_errno_and_the_vcpu_can_be_tri
         assert there.hypervisor.refusal is not None
         assert there.hypervisor.refusal.remedy
         assert vhm.ioctl(hc.IC_CREATE_VCPU, buffer) == 0
-        assert hc.CreateVcpu.unpack(buffer).pcpu_id == there.pcpus(vmid)[0]
+        assert hc.CreateVcpu.unpack(bytes(buffer)).pcpu_id == there.pcpus(vmid)[0]
 
 
 REQUESTS = st.sampled_from([*VCPU_REQUESTS.values(), hc.IC_CREATE_VM, hc.IC_GET_API_VERSION]) | st.integers()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import sys
 
@@ -66,17 +65,6 @@ def _parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _parse(command: str, args: Sequence[str]) -> argparse.Namespace:
-    # What is loaded here is there to stay: to look for cycles in it, now or in a fork, is time lost, and in a
-    # fork it would write to, and so copy, every page of it.
-    gc.disable()
-    try:
-        return _parser(command).parse_args(args)
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
 def _columns() -> int:
     columns = os.environ.get("COLUMNS", "")
     if columns.isdecimal() and int(columns) > 0:
@@ -116,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         try:
-            return int(_module(command).run(_parse(command, args[1:])))
+            return int(_module(command).run(_parser(command).parse_args(args[1:])))
         finally:
             if sys.stdout is not None:  # it is where descriptor 1 was closed before hostpart was started
                 sys.stdout.flush()
