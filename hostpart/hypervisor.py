@@ -8,7 +8,6 @@ a hypervisor of its own; what makes them one is the leases.
 from __future__ import annotations
 
 import errno
-import os
 import struct
 
 from workers import crash

@@ -23,7 +23,7 @@ from .errors import DoesNotFit, Failed, HostpartError, worded
 from .host import Host
 from .hypervisor import Hypervisor
 from .ledger import Ledger, VmRow, boot_id
-from .lease import Leases, Line
+from .lease import Holder, Leases, Line
 from .procfs import pinned_alone, start_time, threads
 from .value import Value
 
@@ -262,7 +262,9 @@ class Keeper:
                 raise
             last: HostpartError = refusal
         line = Line(self.model.hypervisor.leases)
-        self.front.send({"event": "waiting", "ahead": line.ahead(), "why": str(last)})
+        ahead = line.ahead()
+        first = str(Holder.of(ahead[0])) if ahead else ""
+        self.front.send({"event": "waiting", "ahead": len(ahead), "first": first, "why": str(last)})
         until = time.monotonic() + self.options.wait_s
 
         def ready() -> bool:
@@ -277,6 +279,9 @@ class Keeper:
         if not line.wait(ready, until, self._interrupted):
             if self._stopping or self.front.ended:
                 raise _Cancelled
+            if isinstance(last, DoesNotFit) and line.behind is not None:
+                blocks = (*last.blocks, f"{line.behind} came before and waits still")
+                raise DoesNotFit(last.wanted, last.free, blocks, last.fits)
             raise last
 
     def _interrupted(self) -> bool:

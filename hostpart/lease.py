@@ -271,6 +271,7 @@ class Line:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._ticket = f"{time.monotonic_ns():020d}-{os.getpid()}"
         self._socket.bind(f"\0{self._prefix}{self._ticket}")
+        self.behind: Holder | None = None
 
     def ahead(self) -> list[int]:
         """Return the pids of those who came before, the first first."""
@@ -291,11 +292,14 @@ class Line:
         :param ready: tries to get what is waited for; called only at the head of the line
         :param until: ``time.monotonic()`` to give up at, None for never
         :param interrupted: looked at about twenty times a second
-        :return: whether *ready* came true; in any case this process has left the line
+        :return: whether *ready* came true; in any case this process has left the line, and :attr:`behind`
+            says who was first in it at the last look
         """
         try:
             while True:
-                if not self.ahead() and ready():
+                ahead = self.ahead()
+                self.behind = Holder.of(ahead[0]) if ahead else None
+                if not ahead and ready():
                     return True
                 if interrupted() or (until is not None and time.monotonic() >= until):
                     return False

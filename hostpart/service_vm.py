@@ -112,7 +112,9 @@ class _Keeper:
                 0, b"", pcpus=tuple(self.explicit), keep=tuple(self.service.keep_cpus), keep_count=self.service.keep
             )
             keep = self.hypervisor.keep_of(self.topology, wish, survey)
-            if not keep or not keep <= there:
+            if not keep:
+                raise DoesNotFit(1, there, ["user VMs hold every usable pCPU, so the service VM has none to keep"], "run it again when one has ended: 'hostpart ps'")
+            if not keep <= there:
                 raise DoesNotFit(
                     len(keep), there, [f"pCPU {keep - there} is not usable here or leased to a user VM"], "keep other pCPUs"
                 )

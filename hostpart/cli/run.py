@@ -173,8 +173,9 @@ def _hear(keeper: Running, message: dict[str, Any]) -> None:
     if message["event"] == "note":
         say(message["text"])
     elif message["event"] == "waiting":
-        ahead = len(message["ahead"])
-        say(f"waiting for pCPUs{f' behind {ahead} other(s)' if ahead else ''}: {message['why']}")
+        ahead = message["ahead"]
+        behind = f" behind {ahead} other{'s' * (ahead > 1)}, the first {message['first']}" if ahead else ""
+        say(f"waiting for pCPUs{behind}: {message['why']}")
 
 
 def warn_of_throttling(config: VmConfig) -> None:
