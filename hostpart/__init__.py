@@ -1,4 +1,4 @@
-"""Static CPU partitioning on an ordinary Linux host: each virtual CPU on a physical CPU of its own, and proof that it held."""
+"""Static CPU partitioning on an ordinary Linux host: a physical CPU for each virtual CPU, and proof that it held."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def holders(cpus: CpuSet) -> dict[int, str]:
     for vm in census():
         if not vm.row.service and vm.state != "dirty":
             names |= {vcpu.pcpu: vm.row.name for vcpu in vm.vcpus}
-            names |= {cpu: f"{vm.row.name} (idle)" for cpu in CpuSet.parse(vm.row.idle)}
+            names |= dict.fromkeys(CpuSet.parse(vm.row.idle), f"{vm.row.name} (idle)")
     leases = Leases()
     with leases.lock():
         survey = leases.survey(cpus)

@@ -168,7 +168,7 @@ class Leaf:
         return None if value is None else value == 1
 
     def procs(self) -> set[int]:
-        """Return the pids in the leaf and in the cgroups that the guest has made in it; those of threaded ones are left out."""
+        """Return the pids in the leaf and in the cgroups made in it; those of threaded ones are left out."""
         found: set[int] = set()
         for directory in self._directories():
             try:
@@ -194,7 +194,8 @@ class Leaf:
         return self._until(self._removed, patience_s)
 
     def _directories(self) -> list[str]:
-        # Each after the one it is in. Not os.walk: before Python 3.12 it recurses, and a guest may nest deeper than Python does.
+        # Each after the one it is in. Not os.walk: before Python 3.12 it recurses, and a guest may nest deeper than
+        # Python does.
         directories = [self.path]
         try:
             for directory in directories:

@@ -73,7 +73,9 @@ class Channel:
         size = _socket.CMSG_SPACE(_MAX_FDS * _FD.size)
         while not self.ended:
             try:
-                data, rights, _, _ = self._socket.recvmsg(1 << 16, size, _socket.MSG_DONTWAIT | _socket.MSG_CMSG_CLOEXEC)
+                data, rights, _, _ = self._socket.recvmsg(
+                    1 << 16, size, _socket.MSG_DONTWAIT | _socket.MSG_CMSG_CLOEXEC
+                )
             except BlockingIOError:
                 break
             except ConnectionResetError:

@@ -46,7 +46,9 @@ class Server:
 
     def __init__(self, directory: str, name: str) -> None:
         self._path = socket_path(directory, name)
-        self._socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC | _socket.SOCK_NONBLOCK)
+        self._socket = _socket.socket(
+            _socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC | _socket.SOCK_NONBLOCK
+        )
         # A VM of this name is in the ledger once, so what is here is a dead keeper's.
         try:
             os.unlink(self._path)
@@ -158,7 +160,8 @@ def _answer(sock: _socket.socket, name: str, pid: int, until: float) -> bytes:
         except TimeoutError:
             if Holder.of(pid).stopped:
                 raise Failed(
-                    f"the keeper of VM {name!r} (pid {pid}) is stopped and does not answer", f"let it go on with 'kill -CONT {pid}'"
+                    f"the keeper of VM {name!r} (pid {pid}) is stopped and does not answer",
+                    f"let it go on with 'kill -CONT {pid}'",
                 ) from None
             if time.monotonic() >= until:
                 raise
@@ -193,10 +196,13 @@ def ask(directory: str, name: str, message: dict[str, Any], wait_s: float) -> di
         raise NotPermitted(f"VM {name!r} is another user's", "ask its owner, or root") from None
     except TimeoutError:
         raise Failed(
-            f"the keeper of VM {name!r} did not answer within {wait_s:g} s", "see 'uptime' and 'hostpart ps', and run it again"
+            f"the keeper of VM {name!r} did not answer within {wait_s:g} s",
+            "see 'uptime' and 'hostpart ps', and run it again",
         ) from None
     except (OSError, ValueError) as error:
-        raise Failed(f"the keeper of VM {name!r} broke off ({error})", "run 'hostpart ps' to see whether it is still there") from None
+        raise Failed(
+            f"the keeper of VM {name!r} broke off ({error})", "run 'hostpart ps' to see whether it is still there"
+        ) from None
     finally:
         sock.close()
         os.close(folder)

@@ -166,8 +166,8 @@ class DeviceModel:
     def explain(self, result: int, call: str) -> HostpartError:
         """Return the sentence for a negated errno."""
         return self.hypervisor.refusal or Failed(
-            f"{call} for VM {self.config.name!r} failed: {os.strerror(-result)} ({errno.errorcode.get(-result, -result)})",
-            "run 'hostpart show " + self.config.name + "' to see its state",
+            f"{call} for VM {self.config.name!r} failed: {os.strerror(-result)}",
+            f"run 'hostpart show {self.config.name}' to see its state",
         )
 
     # -- workers -------------------------------------------------------------------------------------
@@ -340,10 +340,10 @@ class DeviceModel:
             self.leaf.thaw()
         self.frozen = tree.freeze(os.getpid())
         if not self.frozen.holds:
-            loose = ", ".join(str(member.pid) for member in self.frozen.loose)
+            loose = ", ".join(f"pid {member.pid}" for member in self.frozen.loose) or "something"
             self.resume()
             raise Failed(
-                f"{f'pid {loose}' if loose else 'something'} of VM {self.config.name!r} could not be stopped, so the VM runs on",
+                f"{loose} of VM {self.config.name!r} could not be stopped, so the VM runs on",
                 "try again; a set-uid program can be stopped by root only: start the VM as root, with --user",
             )
 
@@ -416,7 +416,9 @@ def _ids(config: VmConfig) -> tuple[int, int, list[int]] | None:
             raise UsageError(f"there is no user {config.user!r}", "see 'getent passwd'") from None
         if config.group is None:
             # Its group would stay the caller's, and that is root's.
-            raise UsageError(f"user {config.user} has no entry, so its group is not known", "give its group too, with --group") from None
+            raise UsageError(
+                f"user {config.user} has no entry, so its group is not known", "give its group too, with --group"
+            ) from None
         uid = int(config.user or 0)
         groups = []
     try:
@@ -428,7 +430,8 @@ def _ids(config: VmConfig) -> tuple[int, int, list[int]] | None:
         raise UsageError(f"there is no group {config.group!r}", "see 'getent group'") from None
     if os.geteuid() != 0 and (uid, gid) != (os.getuid(), os.getgid()):
         raise NotPermitted(
-            f"becoming user {config.user or uid}, group {config.group or gid} needs root", "run it with sudo, or without --user and --group"
+            f"becoming user {config.user or uid}, group {config.group or gid} needs root",
+            "run it with sudo, or without --user and --group",
         )
     if os.geteuid() != 0:
         return None  # it is who the caller is already, and setgroups(2) is root's
@@ -455,7 +458,7 @@ def refused(config: VmConfig, vcpu_id: int, pcpu: int, stage: str, number: int) 
     who = f"vCPU {vcpu_id} of VM {config.name!r}"
     if stage == "pin":
         return Failed(
-            f"the kernel refused to pin {who} to pCPU {pcpu}: {why}; a cgroup's cpuset does not have it, or it went offline",
+            f"the kernel refused to pin {who} to pCPU {pcpu}: {why}; no cpuset of its has it, or it is offline",
             "see 'grep Cpus_allowed_list /proc/self/status' and 'hostpart topology' for the pCPUs there are",
         )
     if stage == "sched":
@@ -477,5 +480,7 @@ def refused(config: VmConfig, vcpu_id: int, pcpu: int, stage: str, number: int) 
     if stage == "user":
         return NotPermitted(f"{who} cannot become user {config.user}, group {config.group}: {why}", "run it with sudo")
     if stage == "cwd":
-        return UsageError(f"{who} cannot start in {config.guest.cwd!r}: {why}", "name a directory that its user may enter")
+        return UsageError(
+            f"{who} cannot start in {config.guest.cwd!r}: {why}", "name a directory that its user may enter"
+        )
     return Failed(f"{who} failed at {stage!r}: {why}", "run it again with -v to see how far it came")

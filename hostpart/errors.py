@@ -104,7 +104,7 @@ class ConfigError(HostpartError):
 
     @property
     def remedy(self) -> str:
-        return f"mend it and look at it with 'hostpart plan {self.source}'; 'hostpart plan example:first' shows one that is right"
+        return f"mend it and look at it with 'hostpart plan {self.source}'; 'hostpart plan example:first' is right"
 
 
 class DoesNotFit(HostpartError):
@@ -143,7 +143,8 @@ def worded(error: OSError) -> HostpartError:
         )
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return Failed(
-            f"no file descriptor is left ({os.strerror(error.errno)})", "raise the limit: 'ulimit -n 4096', and run it again"
+            f"no file descriptor is left ({os.strerror(error.errno)})",
+            "raise the limit: 'ulimit -n 4096', and run it again",
         )
     where = f": {error.filename!r}" if error.filename else ""
     return Failed(f"{error.strerror or error}{where}", "see the message, mend what it names and run it again")

@@ -84,9 +84,10 @@ class CreateVcpu(Value):
 class CreateVm(Value):
     """``struct acrn_create_vm``, with the VM's whole CPU request in what the seed reserved and behind it.
 
-    The seed's part is ``int32 vmid; uint32 vcpu_num; uint8 GUID[16]; uint8 secure_world_enabled;
-    uint8 reserved[31]``. Here the GUID is the VM's token, and the reserved bytes hold policy, SMT mode, kind and the counts of
-    the lists of ``uint16`` that follow: the explicit pCPUs, the reserved ones and those the service VM keeps.
+    The seed's part is ``int32 vmid; uint32 vcpu_num; uint8 GUID[16]; uint8 secure_world_enabled; uint8
+    reserved[31]``. Here the GUID is the VM's token, and the reserved bytes hold policy, SMT mode, kind and the
+    counts of the lists of ``uint16`` that follow: the explicit pCPUs, the reserved ones and those the service VM
+    keeps.
 
     :ivar vmid: OUT
     :ivar vcpu_num: how many vCPUs, 0 for "all that is left"
@@ -141,7 +142,9 @@ class CreateVm(Value):
         vmid, count, token, _, policy, smt, kind, *sizes, keep_count = cls._layout.unpack_from(data)
         numbers = struct.unpack_from(f"<{sum(sizes)}H", data, cls.SIZE)
         first, second = sizes[0], sizes[0] + sizes[1]
-        return cls(count, token, policy, smt, kind, numbers[:first], numbers[first:second], numbers[second:], keep_count, vmid)
+        return cls(
+            count, token, policy, smt, kind, numbers[:first], numbers[first:second], numbers[second:], keep_count, vmid
+        )
 
 
 def copy_from_user(buffer: Buffer, size: int) -> bytes | None:

@@ -123,8 +123,9 @@ class Hypervisor:
         :param number: ``HC_*`` of :mod:`hostpart.hypercall`
         :param params: as that hypercall takes them
         :return: 0 or a positive result, or a negated errno: ``ENODEV`` no such VM, ``EFAULT`` a buffer that cannot be
-            read or written, ``EINVAL`` what makes no sense (an unknown number too), ``EBUSY`` not in this state, ``ENOSPC`` no pCPU for it,
-            ``EEXIST`` a name in use, or what the kernel said. :attr:`refusal` then has the sentence, where there is one
+            read or written, ``EINVAL`` what makes no sense (an unknown number too), ``EBUSY`` not in this state,
+            ``ENOSPC`` no pCPU for it, ``EEXIST`` a name in use, or what the kernel said. :attr:`refusal` then has
+            the sentence, where there is one
         """
         self.refusal = None
         handler = self._calls.get(number)
@@ -174,9 +175,7 @@ class Hypervisor:
             vcpu.pid = self._boot(vm, vcpu)
             crash.point("hypervisor.forked")
             vcpu.start = start_time(vcpu.pid) or 0
-            self.ledger.add_vcpu(
-                VcpuRow(vm.row.id, vcpu_id, pcpu, int(vm.service), vcpu.pid, vcpu.start, vcpu.state)
-            )
+            self.ledger.add_vcpu(VcpuRow(vm.row.id, vcpu_id, pcpu, int(vm.service), vcpu.pid, vcpu.start, vcpu.state))
         except BaseException:
             if not vcpu.pid:
                 del vm.vcpus[vcpu_id]
@@ -184,7 +183,7 @@ class Hypervisor:
             raise
         return vcpu
 
-    def set_state(self, vm: Vm, vcpu: Vcpu, state: str) -> None:
+    def set_state(self, vcpu: Vcpu, state: str) -> None:
         """Take a vCPU to its next state.
 
         :raises OSError: ``EBUSY`` where that state cannot follow
@@ -195,7 +194,7 @@ class Hypervisor:
 
     def vcpu_ended(self, vm: Vm, vcpu: Vcpu) -> None:
         """Say that the vCPU's worker is no more: ZOMBIE, its pCPU still leased."""
-        self.set_state(vm, vcpu, "ZOMBIE")
+        self.set_state(vcpu, "ZOMBIE")
         self._strike(self.ledger.set_vcpu_state, vm.row.id, vcpu.vcpu_id, "ZOMBIE")
 
     def destroy_vcpu(self, vm: Vm, vcpu: Vcpu) -> None:
@@ -203,7 +202,7 @@ class Hypervisor:
 
         :raises OSError: ``EBUSY`` where it has not ended
         """
-        self.set_state(vm, vcpu, "OFFLINE")
+        self.set_state(vcpu, "OFFLINE")
         del vm.vcpus[vcpu.vcpu_id]
         self._strike(self.ledger.remove_vcpu, vm.row.id, vcpu.vcpu_id)
         self.free_pcpu(vm, vcpu.pcpu)
@@ -219,7 +218,8 @@ class Hypervisor:
         return vm
 
     def _strike(self, write: Callable[..., None], *values: object) -> None:
-        # What has ended has ended: a ledger that broke meanwhile keeps no guest alive and no pCPU leased. The row that stays is dirty.
+        # What has ended has ended: a ledger that broke meanwhile keeps no guest alive and no pCPU leased. The row
+        # that stays is dirty.
         try:
             write(*values)
         except LedgerUnusable as trouble:
@@ -398,14 +398,14 @@ class Hypervisor:
         self.ledger.set_vm_state(vm.row.id, state)  # first: it may fail, what follows cannot
         for vcpu in vm.vcpus.values():
             if vcpu.state != "ZOMBIE":
-                self.set_state(vm, vcpu, state)
+                self.set_state(vcpu, state)
 
     def _destroy_vm(self, vmid: int) -> int:
         vm = self._vm(vmid)
         if any(vcpu.state not in ("ZOMBIE", "OFFLINE") for vcpu in vm.vcpus.values()):
             return -errno.EBUSY
         for vcpu in vm.vcpus.values():
-            self.set_state(vm, vcpu, "OFFLINE")
+            self.set_state(vcpu, "OFFLINE")
         vm.vcpus.clear()
         self._let_go(vm)
         return 0

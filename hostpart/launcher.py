@@ -36,19 +36,24 @@ __all__ = ["Launch", "launch", "plan", "requests_of", "supply_now"]
 
 def requests_of(scenario: Scenario) -> dict[str, Request]:
     """Return what each VM asks of the allocator, in the file's order."""
-    return {
-        vm.name: Request(len(vm.pcpus) or vm.vcpus, vm.pcpus, vm.policy, vm.smt, vm.kind) for vm in scenario.vms
-    }
+    return {vm.name: Request(len(vm.pcpus) or vm.vcpus, vm.pcpus, vm.policy, vm.smt, vm.kind) for vm in scenario.vms}
 
 
-def supply_now(topology: Topology, service: ServiceVm, explicit: CpuSet, leases: Leases, *, empty: bool = False) -> Supply:
+def supply_now(
+    topology: Topology, service: ServiceVm, explicit: CpuSet, leases: Leases, *, empty: bool = False
+) -> Supply:
     """Look at what this host has to give at this instant.
 
     :param explicit: pCPUs that the VMs name themselves
     :param empty: as if no user VM held anything
     """
     wish = CreateVm(
-        0, b"", pcpus=tuple(explicit), reserve=tuple(service.reserve), keep=tuple(service.keep_cpus), keep_count=service.keep
+        0,
+        b"",
+        pcpus=tuple(explicit),
+        reserve=tuple(service.reserve),
+        keep=tuple(service.keep_cpus),
+        keep_count=service.keep,
     )
     with leases.lock():
         survey = leases.survey(topology.online)
@@ -77,8 +82,11 @@ def plan(topology: Topology, scenario: Scenario, supply: Supply) -> dict[str, Pl
         raise DoesNotFit(
             max(wanted, 1),
             supply.free,
-            [f"{scenario.source} has {len(requests)} VMs and {refusal.vm!r} is the first that does not fit", *_held(supply)],
-            f"launch only {', '.join(fitting)} of them, or use a host with more pCPUs; 'hostpart launch example:first' takes what is here",
+            [
+                f"{scenario.source} has {len(requests)} VMs and {refusal.vm!r} is the first that does not fit",
+                *_held(supply),
+            ],
+            f"launch only {', '.join(fitting)} of them, or 'hostpart launch example:first', which takes what is here",
         ) from None
 
 
@@ -101,7 +109,12 @@ class Launch:
     """
 
     def __init__(
-        self, scenario: Scenario, front: Front, callers: Mapping[str, Caller], wait_s: float | None = None, log: Mapping[str, str] | None = None
+        self,
+        scenario: Scenario,
+        front: Front,
+        callers: Mapping[str, Caller],
+        wait_s: float | None = None,
+        log: Mapping[str, str] | None = None,
     ) -> None:
         self.scenario, self.front, self.callers, self.wait_s = scenario, front, callers, wait_s
         self.log = log or {}
@@ -149,7 +162,9 @@ class Launch:
             if self.wait_s is None:
                 raise
             # Waiting is for what would fit an empty host.
-            plan(topology, self.scenario, supply_now(topology, self.scenario.service, self.explicit, leases, empty=True))
+            plan(
+                topology, self.scenario, supply_now(topology, self.scenario.service, self.explicit, leases, empty=True)
+            )
             return {}
 
     def _release(self, service: Running, pcpus: CpuSet) -> None:
@@ -166,7 +181,8 @@ class Launch:
 def launch(scenario: Scenario, *, wait_s: float | None = None) -> dict[str, dict[str, Any]]:
     """Run a scenario to its end and return each VM's evidence, by name; the guests have this process's terminal.
 
-    The calling process is the front meanwhile: SIGINT and SIGTERM end the guests and raise :exc:`~hostpart.front.Interrupted`.
+    The calling process is the front meanwhile: SIGINT and SIGTERM end the guests and raise
+    :exc:`~hostpart.front.Interrupted`.
 
     :param wait_s: how long to queue for pCPUs; None: not at all
     :raises HostpartError: why it could not be run, or not to its end; nothing is left then

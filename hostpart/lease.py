@@ -35,8 +35,8 @@ __all__ = [
     "Line",
     "Survey",
     "is_locked",
-    "relock",
     "release",
+    "relock",
 ]
 
 LEASE_FD = 200  # guests inherit their lease here or above, out of the way of the shells' 3 to 9 and 10 to 63
@@ -306,4 +306,3 @@ class Line:
                 time.sleep(0.05)
         finally:
             self.leave()
-

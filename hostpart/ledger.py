@@ -348,14 +348,18 @@ class _Worded:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not isinstance(error, (sqlite3.Error, UnicodeDecodeError)):  # the latter: a damaged file's message may quote it
+        if not isinstance(
+            error, (sqlite3.Error, UnicodeDecodeError)
+        ):  # the latter: a damaged file's message may quote it
             return
         if isinstance(error, sqlite3.ProgrammingError):
             return  # such as a closed ledger: a mistake of the caller's
         path, name = self._ledger.path, getattr(error, "sqlite_errorname", "")
         if name.startswith("SQLITE_READONLY_DBMOVED"):
             raise LedgerUnusable(
-                path, "was removed or replaced while it was open", "leave it to hostpart; the next command makes a new one"
+                path,
+                "was removed or replaced while it was open",
+                "leave it to hostpart; the next command makes a new one",
             ) from None
         if name.startswith("SQLITE_CANTOPEN"):
             # SQLite keeps the errno to itself; where it is the caller's limits, this open meets it too.

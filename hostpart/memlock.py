@@ -1,8 +1,9 @@
 """Lock a command's memory into RAM, from outside, between its exec and its first instruction.
 
-mlockall(2) does not survive exec, so the worker cannot do it for the command that it becomes. Instead it lets its keeper trace it: the
-kernel stops a traced process at the end of exec, the keeper has it make that one system call, and lets go of it. A set-uid
-program that is traced at exec runs without its privilege. Children that the command forks are not locked.
+mlockall(2) does not survive exec, so the worker cannot do it for the command that it becomes. Instead it lets its
+keeper trace it: the kernel stops a traced process at the end of exec, the keeper has it make that one system call,
+and lets go of it. A set-uid program that is traced at exec runs without its privilege. Children that the command
+forks are not locked.
 
 Source: ptrace(2), "PTRACE_TRACEME", "PTRACE_SINGLESTEP"; mlockall(2), "Notes".
 """

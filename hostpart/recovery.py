@@ -1,8 +1,9 @@
 """What killed hostpart processes left behind: found by the ledger, ended, and struck out.
 
-A VM whose keeper is gone is *dirty*. Its workers died with the keeper; what its guest had made a daemon, with every descriptor closed, lives
-on and may sit on a pCPU whose lease is free again. Such processes carry the VM's token in their environment, and are in its
-cgroup where there was one. They are ended before the row is struck out, and rows are looked at before pCPUs are given out.
+A VM whose keeper is gone is *dirty*. Its workers died with the keeper; what its guest had made a daemon, with every
+descriptor closed, lives on and may sit on a pCPU whose lease is free again. Such processes carry the VM's token in
+their environment, and are in its cgroup where there was one. They are ended before the row is struck out, and rows
+are looked at before pCPUs are given out.
 """
 
 from __future__ import annotations
@@ -90,4 +91,3 @@ def _recover(ledger: Ledger, row: VmRow) -> Recovered:
         pass  # it was killed before it had one
     ledger.remove_vm(row.id)
     return Recovered(row.name, pcpus, tuple(sorted(ended)), left)
-

@@ -1,8 +1,8 @@
-"""The service VM, VM 0: boots with a vCPU on every pCPU that the MADT lists and no user VM holds, then releases those meant for guests.
+"""The service VM, VM 0: boots with a vCPU on every pCPU of the MADT that no user VM holds, then releases some.
 
-Its vCPUs are workers like all others, made by the same ``create_vcpu``; their guest is to be there. It leases nothing: the pCPUs it
-keeps are locked shared, so that no guest gets them, by it and by every other service VM of this host. It has a keeper of its
-own, which the front tells what to release.
+Its vCPUs are workers like all others, made by the same ``create_vcpu``; their guest is to be there. It leases
+nothing: the pCPUs it keeps are locked shared, so that no guest gets them, by it and by every other service VM of
+this host. It has a keeper of its own, which the front tells what to release.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .ledger import Ledger, VmRow, boot_id
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, NoReturn
+    from typing import NoReturn
 
     from .config import ServiceVm
     from .device_model import Caller
@@ -91,12 +91,13 @@ class _Keeper:
                 self._halt()
             self.front.send({"event": "ended"})
         except HostpartError as error:
-            self.front.send({"event": "error", "exit_code": error.exit_code, "problem": str(error), "remedy": error.remedy})
+            self.front.send(
+                {"event": "error", "exit_code": error.exit_code, "problem": str(error), "remedy": error.remedy}
+            )
         except OSError as error:
             reason = worded(error)
-            self.front.send({
-                "event": "error", "exit_code": 1, "problem": f"the service VM could not boot: {reason}", "remedy": reason.remedy,
-            })  # fmt: skip
+            problem = f"the service VM could not boot: {reason}"
+            self.front.send({"event": "error", "exit_code": 1, "problem": problem, "remedy": reason.remedy})
         os._exit(code)
 
     def _boot(self) -> None:
@@ -113,10 +114,18 @@ class _Keeper:
             )
             keep = self.hypervisor.keep_of(self.topology, wish, survey)
             if not keep:
-                raise DoesNotFit(1, there, ["user VMs hold every usable pCPU, so the service VM has none to keep"], "run it again when one has ended: 'hostpart ps'")
+                raise DoesNotFit(
+                    1,
+                    there,
+                    ["user VMs hold every usable pCPU, so the service VM has none to keep"],
+                    "run it again when one has ended: 'hostpart ps'",
+                )
             if not keep <= there:
                 raise DoesNotFit(
-                    len(keep), there, [f"pCPU {keep - there} is not usable here or leased to a user VM"], "keep other pCPUs"
+                    len(keep),
+                    there,
+                    [f"pCPU {keep - there} is not usable here or leased to a user VM"],
+                    "keep other pCPUs",
                 )
             for cpu in keep:
                 fd = leases.keep(cpu)
@@ -140,7 +149,7 @@ class _Keeper:
             ],
         }, list(self.kept.values()))  # fmt: skip
 
-    def _fork(self, vm: Vm, vcpu: Vcpu) -> int:
+    def _fork(self, _vm: Vm, vcpu: Vcpu) -> int:
         return worker.fork(
             worker.Order(
                 NAME,
@@ -164,7 +173,9 @@ class _Keeper:
         poll.register(self._status_r, select.POLLIN)
         while len(ran) < len(self.vm.vcpus):
             if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
-                raise Failed(f"the service VM's vCPUs were not ready after {_READY_WAIT_S:g} s", "see 'uptime', and run it again")
+                raise Failed(
+                    f"the service VM's vCPUs were not ready after {_READY_WAIT_S:g} s", "see 'uptime', and run it again"
+                )
             part = os.read(self._status_r, 1 << 16)
             said += part
             *lines, said = said.split(b"\n")
@@ -173,7 +184,7 @@ class _Keeper:
                 if what == "failed":
                     pcpu = self.vm.vcpus[int(number)].pcpu
                     raise Failed(
-                        f"the service VM's vCPU {number} could not be pinned to pCPU {pcpu}: {os.strerror(int(rest[1]))}",
+                        f"the service VM's vCPU {number} could not be put on pCPU {pcpu}: {os.strerror(int(rest[1]))}",
                         "see 'grep Cpus_allowed_list /proc/self/status': a cgroup's cpuset may have changed meanwhile",
                     )
                 ran[int(number)] = int(rest[0])
@@ -228,8 +239,7 @@ class _Keeper:
         self.ledger.close()
 
 
-def _be_there(order: worker.Order) -> NoReturn:
+def _be_there(_order: worker.Order) -> NoReturn:
     # Woken by nothing but the SIGKILL of a release or of its keeper's end.
     while True:
         signal.pause()
-

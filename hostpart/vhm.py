@@ -33,7 +33,8 @@ class Vhm:
         :param request: ``IC_*`` of :mod:`hostpart.hypercall`
         :param buffer: the struct that the request takes; OUT fields are written into it
         :return: 0 or a positive result, or a negated errno: ``EFAULT`` where the buffer cannot be copied, ``ENODEV``
-            before a VM is there, ``EBUSY`` where there is one already, ``ENOTTY`` for an unknown request, else the hypercall's
+            before a VM is there, ``EBUSY`` where there is one already, ``ENOTTY`` for an unknown request, else the
+            hypercall's
         """
         if request == hc.IC_GET_API_VERSION:
             return self.hypervisor.hypercall(hc.HC_GET_API_VERSION, buffer)

@@ -47,12 +47,23 @@ class Place:
         """Run one hostpart command to its end."""
         options: dict[str, object] = {"stdin": subprocess.DEVNULL, **more}
         return subprocess.run(  # type: ignore[call-overload,no-any-return]
-            [*self.command, *args], env=self.env, capture_output=True, text=True, timeout=timeout, check=False, **options
+            [*self.command, *args],
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            **options,
         )
 
     def start(self, *args: str, **more: object) -> subprocess.Popen[str]:
         """Start one hostpart command; what is left of it when the test ends is killed."""
-        options: dict[str, object] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
+        options: dict[str, object] = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            **more,
+        }
         process = subprocess.Popen([*self.command, *args], env=self.env, text=True, **options)  # type: ignore[call-overload]
         self.started.append(process)
         return process  # type: ignore[no-any-return]
@@ -65,7 +76,7 @@ class Place:
             return usable - leases.survey(usable).taken
 
     def processes(self) -> list[int]:
-        """Return the living processes that were started in this place: its runtime directory is in their environment."""
+        """Return the living processes started in this place: its runtime directory is in their environment."""
         mark = os.fsencode(f"HOSTPART_RUNTIME_DIR={self.runtime}\0")
         return [pid for pid in procfs.processes() if mark in (procfs.environ_block(pid) or b"")]
 
@@ -123,7 +134,8 @@ def nobodys_place(tmp_path: Path) -> Iterator[Place]:
     """
     if os.geteuid() != 0:
         pytest.skip("needs root, to become another user")
-    # By way of a shell: setpriv still has root's capabilities while it executes something, and so could execute anything.
+    # By way of a shell: setpriv still has root's capabilities while it executes something, and so could execute
+    # anything.
     become = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "sh", "-c", 'exec "$@"', "sh"]
     root = Path(tempfile.mkdtemp(prefix="hostpart-nobody-"))  # tmp_path is below a directory of mode 0700
     try:
@@ -184,7 +196,7 @@ def anyones_place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pl
 
 @pytest.fixture
 def pcpu() -> Iterator[int]:
-    """A pCPU that this test has for itself on the whole host, by hostpart's own lease; never the lowest if there is another."""
+    """A pCPU that this test has for itself on the whole host, by hostpart's lease; the lowest only if it is alone."""
     usable = sorted(os.sched_getaffinity(0), reverse=True)
     leases = Leases(SYSTEM_LEASES)
     until = time.monotonic() + 300

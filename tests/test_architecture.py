@@ -84,7 +84,11 @@ def test_everything_public_has_a_docstring(path: Path) -> None:
             continue
         inside = node.body if isinstance(node, ast.ClassDef) else []
         for one in (node, *inside):
-            if isinstance(one, (ast.FunctionDef, ast.ClassDef)) and not one.name.startswith("_") and not ast.get_docstring(one):
+            if (
+                isinstance(one, (ast.FunctionDef, ast.ClassDef))
+                and not one.name.startswith("_")
+                and not ast.get_docstring(one)
+            ):
                 overrides = isinstance(one, ast.FunctionDef) and one.name in ("remedy", "emit", "close")
                 if not overrides:
                     missing.append(f"{node.name}.{one.name}")
@@ -95,7 +99,12 @@ def test_everything_public_has_a_docstring(path: Path) -> None:
 def test_help_teaches(command: str) -> None:
     env = {**os.environ, "COLUMNS": "100"}
     done = subprocess.run(
-        [sys.executable, "-m", "hostpart", command, "--help"], env=env, capture_output=True, text=True, check=True, cwd="/"
+        [sys.executable, "-m", "hostpart", command, "--help"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd="/",
     )
     assert "usage: hostpart" in done.stdout
     assert "Exit status" in done.stdout
@@ -119,7 +128,9 @@ def test_every_command_of_the_readme_is_there() -> None:
 
 def test_ruff_is_clean() -> None:
     for args in (["check"], ["format", "--check"]):
-        done = subprocess.run(["ruff", *args, "--quiet", "."], cwd=ROOT, capture_output=True, text=True, env=_tools(), check=False)
+        done = subprocess.run(
+            ["ruff", *args, "--quiet", "."], cwd=ROOT, capture_output=True, text=True, env=_tools(), check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -150,7 +150,7 @@ def test_ctrl_z_stops_the_job_and_fg_lets_it_go_on(terminal: Terminal) -> None:
 
 
 def test_ctrl_z_works_a_second_time(terminal: Terminal) -> None:
-    terminal.type("hp run -- sh -c 'echo going; cat'\n")
+    terminal.type("hp run -- sh -c 'echo going; exec cat'\n")
     terminal.expect("going\r\n")
     for number in range(2):
         terminal.type("\x1a")

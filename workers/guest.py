@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import atexit
+import errno
 import os
 import sys
 
@@ -80,7 +80,7 @@ class Python:
         except SystemExit as error:
             status = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
             if isinstance(error.code, str):
-                print(error.code, file=sys.stderr)
+                sys.stderr.write(f"{error.code}\n")
         except KeyboardInterrupt:
             _die_of_interrupt()
         except BaseException:

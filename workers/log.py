@@ -38,7 +38,9 @@ class _Target(logging.Handler):
 class _Pipe(MultiProcessingHandler):  # type: ignore[misc]
     # The package's own constructor starts the receiver thread at once and takes a queue of the interpreter's
     # default start method; here the queue comes first, then the fork, then the thread.
-    def __init__(self, name: str, target: logging.Handler, queue: multiprocessing.Queue[logging.LogRecord], receive: bool) -> None:
+    def __init__(
+        self, name: str, target: logging.Handler, queue: multiprocessing.Queue[logging.LogRecord], receive: bool
+    ) -> None:
         logging.Handler.__init__(self, target.level)
         self.sub_handler = target
         self.queue = queue

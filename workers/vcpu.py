@@ -24,7 +24,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import NoReturn
 
-__all__ = ["NOT_EXECUTABLE", "NOT_FOUND", "NOT_STARTED", "STAGES", "Order", "be_traced", "die_with", "dispositions", "fork", "prctl"]
+__all__ = [
+    "NOT_EXECUTABLE",
+    "NOT_FOUND",
+    "NOT_STARTED",
+    "STAGES",
+    "Order",
+    "be_traced",
+    "die_with",
+    "dispositions",
+    "fork",
+    "prctl",
+]
 
 NOT_STARTED, NOT_EXECUTABLE, NOT_FOUND = 125, 126, 127  # exit statuses, as env(1) and timeout(1) have them
 STAGES = ("parent", "cgroup", "pin", "sched", "nice", "mlock", "user", "cwd", "lease")
@@ -174,7 +185,8 @@ def fork(order: Order) -> int:
     pid = os.fork()
     if pid:
         try:
-            # It starts there at once, beside this process and not after it. That it is there is its own to make sure of.
+            # It starts there at once, beside this process and not after it. That it is there is its own to make
+            # sure of.
             os.sched_setaffinity(pid, order.pcpus)
         except OSError:
             pass  # the worker meets this too, and tells
