@@ -306,8 +306,10 @@ class Front:
     def _stop_too(self) -> None:
         # A terminal stops a job whole, and its shell has its turn when this process stops: not before the guests have, which may mind the
         # signal, or stop of themselves (`suspend`). News may be old: what runs again is not to be stopped.
+        pids = [vcpu["pid"] for keeper in self.keepers if not keeper.over for vcpu in keeper.said.get("ready", {}).get("vcpus", ())]
+        stats = [procfs.read_stat(pid) for pid in pids]
         tty = _terminal()
-        if tty is None or not self._all_stopped():
+        if tty is None or any(stat is not None and not stat.dead and stat.state != "T" for stat in stats):
             return
         had = _job_of(tty)
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -315,14 +317,9 @@ class Front:
         if had not in (-1, os.getpgrp()) and _job_of(tty) == os.getpgrp():
             _give(tty, had)
         os.close(tty)
-        # Nor did its SIGCONT reach a guest that has one. To one that goes on already another would come late, after the next stop.
-        if self._all_stopped():
+        # Nor did its SIGCONT reach a guest that has one. To all others a second would come late, perhaps after the next stop.
+        if any(_group_of(pid) not in (-1, os.getpgrp()) for pid in pids):
             self._pass_on(signal.SIGCONT)
-
-    def _all_stopped(self) -> bool:
-        vcpus = [vcpu for keeper in self.keepers if not keeper.over for vcpu in keeper.said.get("ready", {}).get("vcpus", ())]
-        stats = [procfs.read_stat(vcpu["pid"]) for vcpu in vcpus]
-        return all(stat is None or stat.dead or stat.state == "T" for stat in stats)
 
 
 def _terminal() -> int | None:
@@ -345,6 +342,13 @@ def _take_back() -> None:
     except OSError:
         pass  # it is somebody's
     os.close(tty)
+
+
+def _group_of(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return -1
 
 
 def _job_of(tty: int) -> int:

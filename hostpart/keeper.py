@@ -385,22 +385,22 @@ class Keeper:
             self._reap_one(ended.si_pid)
 
     def _tell_stops(self) -> None:
-        # The user's shell sees the front: that one stops and goes on with its guest.
+        # The user's shell sees the front: that one stops and goes on with its guest. Of two stops the news in between may have been missed.
+        news = False
         for pid in self.model.alive:
             try:
                 found = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WCONTINUED | os.WNOHANG)
             except ChildProcessError:
                 continue  # it has ended this instant: the kernel has no such news of a zombie
             if found is not None:
+                news = True
                 self._stopped = self._stopped - {pid} if found.si_code == os.CLD_CONTINUED else self._stopped | {pid}
         stopped = bool(self.model.alive) and self._stopped.issuperset(self.model.alive) and self._state() == "RUNNING"
-        if stopped == self._told_stopped:
-            return
-        self._told_stopped = stopped
-        if stopped:
+        if stopped and news:
             self.front.send({"event": "stopped"})
-        elif os.getppid() == self.front_pid:
+        elif self._told_stopped and not stopped and os.getppid() == self.front_pid:
             os.kill(self.front_pid, signal.SIGCONT)
+        self._told_stopped = stopped
 
     def _reap_one(self, pid: int) -> None:
         # While it is a zombie its last figures can still be read; wait4 gives the totals and ends that.

@@ -8,11 +8,11 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from conftest import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hostpart.channel import Channel
+from tests.conftest import wait_until
 
 Ends = tuple[Channel, Channel]
 PLAIN = st.recursive(

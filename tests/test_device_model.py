@@ -14,8 +14,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Place, wait_until
-from partition import FIRST, Partition, machine
 
 from hostpart import hypercall as hc
 from hostpart import procfs, tree
@@ -29,6 +27,8 @@ from hostpart.hypervisor import Hypervisor
 from hostpart.lease import LEASE_FD, Leases
 from hostpart.ledger import Ledger, VmRow, boot_id
 from hostpart.topology import read_topology
+from tests.conftest import Place, wait_until
+from tests.partition import FIRST, Partition, machine
 from workers.vcpu import NOT_STARTED, STAGES
 
 NOBODY = 65534

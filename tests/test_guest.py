@@ -6,13 +6,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from conftest import Place
+from tests.conftest import Place
 
 from workers.guest import Command, Python
 from workers.vcpu import NOT_EXECUTABLE, NOT_FOUND, Order, settle_signals
@@ -35,10 +34,10 @@ def fork_guest(order: Order) -> tuple[int, str]:
         return status, file.read()
 
 
-def order_of(*argv: str, environ: dict[str, str] | None = None, **more: frozenset[int]) -> Order:
+def order_of(*argv: str, environ: dict[str, str] | None = None) -> Order:
     """Return the order for a command."""
     environ = dict(os.environ) if environ is None else environ
-    return Order("box", 0, frozenset({0}), Command(argv), environ=environ, status_fd=-1, start_fd=-1, **more)
+    return Order("box", 0, frozenset({0}), Command(argv), environ=environ, status_fd=-1, start_fd=-1)
 
 
 def make(path: Path, text: str, mode: int = 0o755) -> Path:
@@ -93,8 +92,8 @@ def test_signals_are_as_the_order_says_and_none_of_pythons_own_stay_ignored() ->
         )
         os._exit(0)
 
-    order = order_of("true", mask=frozenset({signal.SIGUSR2}), ignored=frozenset({signal.SIGHUP}))
-    order.guest = guest
+    order = order_of("true")
+    order.guest, order.mask, order.ignored = guest, frozenset({signal.SIGUSR2}), frozenset({signal.SIGHUP})
     assert fork_guest(order) == (0, f"0 ignored {int(signal.SIGHUP)} blocked {int(signal.SIGUSR2)}\n")
 
 
@@ -182,8 +181,9 @@ def test_a_python_guest_has_its_seat_in_the_environment_and_no_descriptor_of_hos
         import json, os, signal, sys
 
         def main():
-            links = {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")}
-            seat = {name: value for name, value in os.environ.items() if name in ("HOSTPART_VM", "HOSTPART_VCPU", "HOSTPART_PCPU")}
+            here = "/proc/self/fd"
+            links = {fd: os.readlink(f"{here}/{fd}") for fd in os.listdir(here) if os.path.exists(f"{here}/{fd}")}
+            seat = {name: value for name, value in os.environ.items() if name.startswith("HOSTPART_")}
             pipe = signal.getsignal(signal.SIGPIPE) == signal.SIG_DFL
             print("said", json.dumps([links, seat, sorted(os.sched_getaffinity(0)), pipe]), file=sys.stderr)
     """
@@ -209,4 +209,3 @@ def test_mlock_keeps_a_python_guests_memory_in_ram(place: Place, tmp_path: Path)
 
 def test_python_is_an_order_that_does_not_exec_and_command_is_one_that_does() -> None:
     assert (Python.execs, Command.execs) == (False, True)
-    assert sys.executable

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from partition import FIRST, Partition, machine
 
 from hostpart import hypercall as hc
+from tests.partition import FIRST, Partition, machine
 
 # hypervisor/include/public/acrn_hv_defs.h: BASE_HC_ID(HC_ID, 0x00UL) is 0x80 << 24 | ID.
 HYPERCALLS = {

@@ -11,11 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Place, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from partition import FIRST, Partition, machine, row
 
 from hostpart import hypercall as hc
 from hostpart import procfs
@@ -28,6 +26,8 @@ from hostpart.lease import Leases
 from hostpart.ledger import LedgerUnusable
 from hostpart.service_vm import fork_service_vm
 from hostpart.topology import read_topology
+from tests.conftest import Place, wait_until
+from tests.partition import FIRST, Partition, machine, row
 
 CPUS = range(FIRST, FIRST + 8)
 

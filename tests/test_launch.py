@@ -14,7 +14,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from conftest import Place, wait_until
+from tests.conftest import Place, wait_until
 
 from hostpart import evidence
 from hostpart.cpuset import CpuSet

@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import SYSTEM_LEASES, Place, wait_until
-from partition import FIRST, Partition, machine
 
 from hostpart.cpuset import CpuSet
 from hostpart.errors import DoesNotFit
 from hostpart.lease import AllocatorBusy, Holder, Leases, Line, is_locked, release, relock
 from hostpart.procfs import read_stat
+from tests.conftest import SYSTEM_LEASES, Place, wait_until
+from tests.partition import FIRST, Partition, machine
 
 Other = Callable[..., "subprocess.Popen[str]"]
 NOBODY = 65534

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Place
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hostpart.errors import HostpartError
 from hostpart.ledger import Ledger, LedgerUnusable, NameTaken, VcpuRow, VmRow, runtime_directory
+from tests.conftest import Place
 
 NOBODY = 65534
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

@@ -1,4 +1,4 @@
-"""``-v``: every worker's records, with VM, vCPU and pCPU, none lost at a normal end; and no cost where it is not asked for."""
+"""``-v``: every worker's records with VM, vCPU and pCPU, none lost at a normal end; no cost where not asked for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Place
+from tests.conftest import Place
 
 USABLE = sorted(os.sched_getaffinity(0))
 RECORDS = """
@@ -74,7 +74,7 @@ def test_a_commands_worker_says_where_it_was_pinned_before_it_became_the_command
 @pytest.mark.skipif(len(USABLE) < 3, reason="needs three usable pCPUs")
 def test_records_of_several_workers_all_arrive(place: Place) -> None:
     done = place.run("run", "-v", "-n", "2", "--name", "box", "--", "true")
-    assert {number for number in re.findall(r"box/vcpu(\d)", done.stderr)} == {"0", "1"}
+    assert set(re.findall(r"box/vcpu(\d)", done.stderr)) == {"0", "1"}
 
 
 HEAVY = (

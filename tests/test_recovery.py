@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Place, wait_until
 
 from hostpart.control import socket_path
 from hostpart.ledger import Ledger, VcpuRow, VmRow, boot_id
 from hostpart.procfs import processes, read_stat, read_status, start_time
 from hostpart.recovery import Recovered, dirty, recover
+from tests.conftest import Place, wait_until
 
 NOBODY = 65534
 Sleeper = Callable[..., "subprocess.Popen[bytes]"]

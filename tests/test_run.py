@@ -16,7 +16,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from conftest import Place, wait_until
+from tests.conftest import Place, wait_until
 
 from hostpart import evidence
 from hostpart.cli.run import warn_of_throttling

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import HOSTPART, NOBODY, Place, wait_until
 
 from hostpart import procfs
 from hostpart.cpuset import CpuSet
 from hostpart.ledger import Ledger, VcpuRow, VmRow, boot_id
+from tests.conftest import HOSTPART, NOBODY, Place, wait_until
 
 USABLE = CpuSet.of(os.sched_getaffinity(0))
 

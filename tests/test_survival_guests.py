@@ -13,12 +13,12 @@ import termios
 from pathlib import Path
 
 import pytest
-from conftest import Place, wait_until
 
 from hostpart import procfs
 from hostpart.cpuset import CpuSet
 from hostpart.lease import Leases
 from hostpart.ledger import Ledger, VcpuRow, VmRow
+from tests.conftest import Place, wait_until
 
 USABLE = CpuSet.of(os.sched_getaffinity(0))
 

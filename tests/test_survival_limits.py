@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import NOBODY, Place, wait_until
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +24,7 @@ from hostpart.cli import main
 from hostpart.cpuset import CpuSet
 from hostpart.lease import AllocatorBusy, Leases
 from hostpart.ledger import Ledger, boot_id
+from tests.conftest import NOBODY, Place, wait_until
 
 USABLE = CpuSet.of(os.sched_getaffinity(0))
 

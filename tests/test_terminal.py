@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from conftest import Place, wait_until
+from tests.conftest import Place, wait_until
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 PROMPT = "READY> "
@@ -168,14 +168,16 @@ def test_a_job_that_bg_moved_away_ends_without_taking_the_terminal_from_the_shel
     terminal: Terminal, place: Place
 ) -> None:
     gate = place.runtime.parent / "gate"
-    terminal.type(f"hp run -- sh -c 'echo going; while [ ! -e {gate} ]; do sleep 0.05; done'\n")
+    os.mkfifo(gate)
+    # It forks nothing: a stop between vfork and exec would leave the shell waiting in the kernel, half stopped.
+    terminal.type(f"hp run -- sh -c 'echo going; read line < {gate}'\n")
     terminal.expect("going\r\n")
     terminal.type("\x1a")
     terminal.expect("Stopped")
     terminal.expect(PROMPT)
     terminal.run("bg")
     shell = terminal.foreground
-    gate.touch()
+    gate.write_text("go on\n")
     assert wait_until(lambda: "Running" not in terminal.run("jobs"))
     assert terminal.foreground == shell
     assert "still here" in terminal.run("echo still here")

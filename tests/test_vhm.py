@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from partition import FIRST, Partition, machine
 
 from hostpart import hypercall as hc
 from hostpart.hypervisor import Vcpu, Vm
 from hostpart.vhm import Vhm
+from tests.partition import FIRST, Partition, machine
 
 VCPU_REQUESTS = {
     "start": hc.IC_START_VM,

@@ -30,7 +30,10 @@ COMMANDS = {
     "restore": "free what killed hostpart processes left behind",
     "completion": "print a shell's completion script",
 }
-_EXITS = "Exit status: 0 done, 1 failed, 2 usage or configuration, 3 does not fit, 4 not permitted, 5 did not hold (--strict)."
+_EXITS = (
+    "Exit status: 0 done, 1 failed, 2 usage or configuration, 3 does not fit, 4 not permitted, 5 did not hold (--strict); "
+    "'run' has the command's own, and 125 where hostpart itself failed."
+)
 
 
 def _module(command: str) -> ModuleType:
@@ -50,9 +53,12 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
     module = _module(command)
 
-    class Formatter(argparse.RawDescriptionHelpFormatter):
+    class Formatter(argparse.HelpFormatter):
         def __init__(self, prog: str) -> None:
             super().__init__(prog, width=width)
+
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            return _filled(text, width, indent)
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
@@ -63,6 +69,21 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser = Parser(prog=f"hostpart {command}", allow_abbrev=False, formatter_class=Formatter)
     module.add(parser)
     return parser
+
+
+def _filled(text: str, width: int, indent: str) -> str:
+    # Paragraphs are filled; what is indented (an example) and what is blank stay as they are.
+    import textwrap
+
+    lines: list[str] = []
+    paragraph: list[str] = []
+    for line in [*text.splitlines(), ""]:
+        if line and line[0] != " ":
+            paragraph.append(line)
+            continue
+        lines += [*textwrap.wrap(" ".join(paragraph), width), line]
+        paragraph.clear()
+    return textwrap.indent("\n".join(lines).rstrip(), indent)
 
 
 def _columns() -> int:
@@ -96,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command = args[0]
     if command not in COMMANDS:
-        near = [name for name in COMMANDS if name.startswith(command[:2])]
+        import difflib
+
+        near = difflib.get_close_matches(command, COMMANDS, 2) or [name for name in COMMANDS if name.startswith(command[:2])]
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         print(f"hostpart: there is no command {command!r}{hint}\ntry: hostpart --help", file=sys.stderr)
         return 2
@@ -138,6 +161,6 @@ def _help() -> str:
         "Start with:  hostpart launch example:first",
         "Then:        hostpart run -- COMMAND      hostpart COMMAND --help",
         "",
-        _EXITS,
+        _filled(_EXITS, 78, ""),
     ]
     return "\n".join(lines)
