@@ -1,9 +1,10 @@
-"""The front: the process that the user started. It has the terminal, the signals and the exit code; keepers do the rest.
+"""The front: the process that the user started, with the terminal, the signals and the exit code.
 
-It forks a keeper per VM, holds the leases beside them, and is a subreaper: if a keeper is killed, what that keeper's guest had orphaned comes here
-and is ended here. It is single-threaded and waits in one place, for signals: children that end (SIGCHLD), keepers that say something
-(SIGIO) and what the user sends. ``sigwaitinfo`` tells whether a SIGINT came from the terminal, whose whole job got it, or from
-``kill``, which meant the front alone and has to be passed on.
+It forks a keeper per VM, holds the leases beside them, and is a subreaper: if a keeper is killed, what that
+keeper's guest had orphaned comes here and is ended here. It is single-threaded and waits in one place, for signals:
+children that end (SIGCHLD), keepers that say something (SIGIO) and what the user sends. ``sigwaitinfo`` tells
+whether a SIGINT came from the terminal, whose whole job got it, or from ``kill``, which meant the front alone and
+has to be passed on.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class Front:
 
     :param topology: the host's pCPUs
     :param caller: what the guests inherit
-    :param stop_on_interrupt: SIGINT ends everything (``launch``); without it the guests decide (``run``, as under env(1))
+    :param stop_on_interrupt: SIGINT ends everything (``launch``); else the guests decide (``run``, as env(1))
     :param hear: called with each message of a keeper, for progress and events
     """
 
@@ -304,20 +305,24 @@ class Front:
                 keeper.channel.send({"do": "signal", "number": int(number)})
 
     def _stop_too(self) -> None:
-        # A terminal stops a job whole, and its shell has its turn when this process stops: not before the guests have, which may mind the
-        # signal, or stop of themselves (`suspend`). News may be old: what runs again is not to be stopped.
-        pids = [vcpu["pid"] for keeper in self.keepers if not keeper.over for vcpu in keeper.said.get("ready", {}).get("vcpus", ())]
+        # A terminal stops a job whole, and its shell has its turn when this process stops: not before the guests
+        # have, which may mind the signal, or stop of themselves (`suspend`). News may be old: what runs again is
+        # not to be stopped.
+        ready = [keeper.said["ready"] for keeper in self.keepers if not keeper.over and "ready" in keeper.said]
+        pids = [vcpu["pid"] for message in ready for vcpu in message["vcpus"]]
         stats = [procfs.read_stat(pid) for pid in pids]
+        if any(stat is not None and not stat.dead and stat.state != "T" for stat in stats):
+            return
         tty = _terminal()
-        if tty is None or any(stat is not None and not stat.dead and stat.state != "T" for stat in stats):
+        if tty is None:
             return
         had = _job_of(tty)
         os.kill(os.getpid(), signal.SIGSTOP)
-        # A guest shell has a job of its own, which the user's shell knows nothing of: `fg` gave the terminal to this one.
+        # A guest shell has a job of its own, which the user's shell knows nothing of: `fg` gave the terminal to this.
         if had not in (-1, os.getpgrp()) and _job_of(tty) == os.getpgrp():
             _give(tty, had)
         os.close(tty)
-        # Nor did its SIGCONT reach a guest that has one. To all others a second would come late, perhaps after the next stop.
+        # Nor did its SIGCONT reach a guest that has one. To others a second would come late, after the next stop.
         if any(_group_of(pid) not in (-1, os.getpgrp()) for pid in pids):
             self._pass_on(signal.SIGCONT)
 

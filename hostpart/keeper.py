@@ -1,8 +1,9 @@
 """The keeper: the process that supervises one user VM, from before its first worker until nothing of it is left.
 
-It is the workers' parent and a subreaper, so every process of the guest stays below it. It holds the leases, looks at the guest at a
-fixed period, answers the VM's control socket, and tells its front what happens. It has one thread while it forks, ignores what a terminal
-sends, and ends only when the VM is destroyed; if its front dies, it ends the VM.
+It is the workers' parent and a subreaper, so every process of the guest stays below it. It holds the leases, looks
+at the guest at a fixed period, answers the VM's control socket, and tells its front what happens. It has one thread
+while it forks, ignores what a terminal sends, and ends only when the VM is destroyed; if its front dies, it ends
+the VM.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from .device_model import Caller, DeviceModel
 from .errors import DoesNotFit, Failed, HostpartError, worded
 from .host import Host
 from .hypervisor import Hypervisor
-from .ledger import Ledger, VmRow, boot_id
 from .lease import Holder, Leases, Line
+from .ledger import Ledger, VmRow, boot_id
 from .procfs import pinned_alone, start_time, threads
 from .value import Value
 
@@ -41,9 +42,18 @@ PERIOD_S = 0.25  # between two looks at the guest; the evidence states it
 _READY_WAIT_S = 30.0
 _STOP_GRACE_S = 5.0
 _DRAIN_S = 2.0  # for all workers' log records together, where nobody reads stderr
+_FOREIGN_TOLD = 100  # pids of foreign tasks on one pCPU: a host that forks all day must not fill the evidence
 _PR_SET_CHILD_SUBREAPER = 36
 # What a terminal or a shell sends to a job is for the front and the guests.
-_IGNORED = (signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGHUP, signal.SIGPIPE)
+_IGNORED = (
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTSTP,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+    signal.SIGHUP,
+    signal.SIGPIPE,
+)
 
 
 class Options(Value):
@@ -160,15 +170,19 @@ class Keeper:
             self.front.send({"event": "cancelled"})
         except HostpartError as error:
             code = 1
-            self.front.send({"event": "error", "exit_code": error.exit_code, "problem": str(error), "remedy": error.remedy})
+            self.front.send(
+                {"event": "error", "exit_code": error.exit_code, "problem": str(error), "remedy": error.remedy}
+            )
         except OSError as error:
             code, reason = 1, worded(error)
-            self.front.send({
-                "event": "error",
-                "exit_code": 1,
-                "problem": f"the VM {self.config.name!r} could not be run: {reason}",
-                "remedy": reason.remedy,
-            })
+            self.front.send(
+                {
+                    "event": "error",
+                    "exit_code": 1,
+                    "problem": f"the VM {self.config.name!r} could not be run: {reason}",
+                    "remedy": reason.remedy,
+                }
+            )
         os._exit(code)
 
     # -- the process ---------------------------------------------------------------------------------
@@ -186,22 +200,23 @@ class Keeper:
 
     def _create(self) -> None:
         self.ledger = Ledger()
-        self.model = DeviceModel(self.config, self.service, self.caller, [self.front.fileno(), self._wake_r, self._wake_w])
+        self.model = DeviceModel(
+            self.config, self.service, self.caller, [self.front.fileno(), self._wake_r, self._wake_w]
+        )
         self.model.attach(Hypervisor(self.topology, Leases(), self.ledger, self.model.boot, self._forget))
         row = VmRow(
             0, self.config.name, 0, self.model.token, boot_id(), "INIT", self.config.vcpus, _guest_text(self.config),
             os.getpid(), start_time(os.getpid()) or 0, self.front_pid, time.time(), log=self.options.log,
         )  # fmt: skip
         # Where the leaf will be is in the ledger before the leaf is there: killed in between, it is found and removed.
-        leaf, self.no_leaf = cgroup.Leaf.find(self.model.token)
+        leaf, _ = cgroup.Leaf.find(self.model.token)
         if leaf is not None:
             row = row.replace(leaf=leaf.path)
         self.model.hypervisor.announce(row)
         self._get_pcpus()
         vm = self.model.vm
         if leaf is not None:
-            self.no_leaf = leaf.make()
-            self.model.leaf = None if self.no_leaf else leaf
+            self.model.leaf = None if leaf.make() else leaf  # refused: the tree of processes has to do
         # The supervisor's own work is the service VM's: it goes where that one stays.
         os.sched_setaffinity(0, vm.kept or self.topology.usable)
         crash.point("keeper.leased")
@@ -229,13 +244,15 @@ class Keeper:
             record = evidence.VcpuRecord(self.config.name, vcpus[0].vcpu_id, pins, pid, self.config.guest.kind)
             record.start(evidence.look(pid))
             self.records[pid] = record
-        self.front.send({
-            "event": "ready",
-            "vm": self.config.name,
-            "vcpus": [
-                {"vcpu": vcpu.vcpu_id, "pcpu": vcpu.pcpu, "pid": vcpu.pid} for _, vcpu in sorted(vm.vcpus.items())
-            ],
-        })
+        self.front.send(
+            {
+                "event": "ready",
+                "vm": self.config.name,
+                "vcpus": [
+                    {"vcpu": vcpu.vcpu_id, "pcpu": vcpu.pcpu, "pid": vcpu.pid} for _, vcpu in sorted(vm.vcpus.items())
+                ],
+            }
+        )
         if self.options.hold:
             self._await_word()
         self.started = time.time()
@@ -308,7 +325,10 @@ class Keeper:
                     for words in self.model.hear():
                         if words[1] == "failed":
                             raise self.model.refusal_of(words)
-                    raise Failed(f"the worker of VM {self.config.name!r} with pid {pid} was killed before it was ready", "run it again")
+                    raise Failed(
+                        f"the worker of VM {self.config.name!r} with pid {pid} was killed before it was ready",
+                        "run it again",
+                    )
             if self._stopping:
                 raise _Cancelled
             if time.monotonic() > until:
@@ -318,7 +338,9 @@ class Keeper:
                 )
         for pid in list(self.model.pids):
             if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                raise Failed(f"the worker of VM {self.config.name!r} with pid {pid} was killed before START", "run it again")
+                raise Failed(
+                    f"the worker of VM {self.config.name!r} with pid {pid} was killed before START", "run it again"
+                )
 
     def _await_word(self) -> None:
         poll = self._poller()
@@ -385,7 +407,8 @@ class Keeper:
             self._reap_one(ended.si_pid)
 
     def _tell_stops(self) -> None:
-        # The user's shell sees the front: that one stops and goes on with its guest. Of two stops the news in between may have been missed.
+        # The user's shell sees the front: that one stops and goes on with its guest. What came between two stops may
+        # have been missed, so each stop is told.
         news = False
         for pid in self.model.alive:
             try:
@@ -437,7 +460,9 @@ class Keeper:
             # One pCPU carries one vCPU: the one that let go makes room.
             held = self.model.hypervisor.leases.holders(gone)
             who = "; ".join(str(holder) for cpu in gone for holder in held.get(cpu, ())) or "another user"
-            self._note(f"the lease on pCPU {gone} was let go by somebody who inherited it, and {who} has it now: the VM is ended")
+            self._note(
+                f"the lease on pCPU {gone} was let go by a process that inherited it, {who} has it now: the VM is ended"
+            )
             self._stop(0.0)
         gone_off = self.model.pcpus - CpuSet.parse(self._host.read_text("sys/devices/system/cpu/online"))
         if gone_off - self._offline:
@@ -449,7 +474,8 @@ class Keeper:
         for cpu, pids in pinned_alone().items():
             if cpu in self.model.pcpus:
                 known = self._foreign.setdefault(cpu, [])
-                known += [pid for pid in pids if pid not in ours and pid not in known]
+                new = [pid for pid in pids if pid not in ours and pid not in known]
+                known += new[: max(0, _FOREIGN_TOLD - len(known))]
 
     def _handle(self, astray: list[tuple[evidence.Drift, CpuSet]]) -> None:
         for drift, pin in astray:
@@ -507,7 +533,9 @@ class Keeper:
             elif request.what == "resume":
                 self.model.resume()
             elif request.what != "show":
-                request.refuse(Failed(f"the keeper does not know {request.what!r}", "use the hostpart that started the VM"))
+                request.refuse(
+                    Failed(f"the keeper does not know {request.what!r}", "use the hostpart that started the VM")
+                )
                 return
             self._look()
             request.reply({"evidence": self._document(), "state": self._state()})
@@ -554,7 +582,9 @@ class Keeper:
         survivors = self._kill_round()
         while survivors:
             pids = ", ".join(str(member.pid) for member in survivors)
-            self._note(f"pid {pids} of VM {self.config.name!r} cannot be ended by this user; its pCPUs stay leased until it ends")
+            self._note(
+                f"pid {pids} of VM {self.config.name!r} is not this user's to end; its pCPUs stay leased until it ends"
+            )
             while survivors:
                 time.sleep(0.5)
                 survivors = self._kill_round()
@@ -582,15 +612,18 @@ class Keeper:
                 shares_core=self.model.vm.placement.shares_core,
             ),
             cpu_us=self.model.leaf.cpu_usage_us() if self.model.leaf else None,
+            notes=self._notes,
         )
 
     def _report(self) -> None:
-        self.front.send({
-            "event": "ended",
-            "statuses": [self.model.statuses.get(vcpu, 0) for vcpu in sorted(self.model.statuses)],
-            "exec_errors": self.model.exec_errors,
-            "evidence": self._final,
-        })
+        self.front.send(
+            {
+                "event": "ended",
+                "statuses": [self.model.statuses.get(vcpu, 0) for vcpu in sorted(self.model.statuses)],
+                "exec_errors": self.model.exec_errors,
+                "evidence": self._final,
+            }
+        )
 
 
 def _guest_text(config: VmConfig) -> str:
@@ -598,4 +631,3 @@ def _guest_text(config: VmConfig) -> str:
     text = f"python {guest.target}" if guest.kind == "python" else " ".join(guest.argv)
     # An argument may be any bytes; the ledger holds text only.
     return os.fsencode(text).decode("utf-8", "backslashreplace")
-

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from tests.conftest import Place
 
+from tests.conftest import Place
 from workers.guest import Command, Python
 from workers.vcpu import NOT_EXECUTABLE, NOT_FOUND, Order, settle_signals
 

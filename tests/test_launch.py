@@ -14,10 +14,10 @@ from typing import Any
 
 import jsonschema
 import pytest
-from tests.conftest import Place, wait_until
 
 from hostpart import evidence
 from hostpart.cpuset import CpuSet
+from tests.conftest import Place, wait_until
 
 SCHEMA: dict[str, Any] = json.loads(Path(evidence.__file__).with_name("evidence.schema.json").read_text())
 USABLE = sorted(os.sched_getaffinity(0))

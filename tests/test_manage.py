@@ -12,11 +12,11 @@ from typing import Any
 
 import jsonschema
 import pytest
-from tests.conftest import Place, wait_until
 
 from hostpart import evidence, procfs
 from hostpart.cpuset import CpuSet
 from hostpart.ledger import Ledger
+from tests.conftest import Place, wait_until
 
 SCHEMA: dict[str, Any] = json.loads(Path(evidence.__file__).with_name("evidence.schema.json").read_text())
 USABLE = sorted(os.sched_getaffinity(0))

@@ -8,12 +8,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.conftest import Place
 
 from hostpart.cli import COMMANDS
 from hostpart.cpuset import CpuSet
 from hostpart.host import Host
 from hostpart.topology import read_topology
+from tests.conftest import Place
 
 USABLE = CpuSet.of(os.sched_getaffinity(0))
 EXIT_WORDS = "Exit status: "

@@ -16,11 +16,11 @@ from typing import Any
 
 import jsonschema
 import pytest
-from tests.conftest import Place, wait_until
 
 from hostpart import evidence
 from hostpart.cli.run import warn_of_throttling
 from hostpart.config import Guest, VmConfig
+from tests.conftest import Place, wait_until
 
 SCHEMA: dict[str, Any] = json.loads(Path(evidence.__file__).with_name("evidence.schema.json").read_text())
 USABLE = sorted(os.sched_getaffinity(0))

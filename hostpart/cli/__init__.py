@@ -31,8 +31,8 @@ COMMANDS = {
     "completion": "print a shell's completion script",
 }
 _EXITS = (
-    "Exit status: 0 done, 1 failed, 2 usage or configuration, 3 does not fit, 4 not permitted, 5 did not hold (--strict); "
-    "'run' has the command's own, and 125 where hostpart itself failed."
+    "Exit status: 0 done, 1 failed, 2 usage or configuration, 3 does not fit, 4 not permitted, 5 did not hold\n"
+    "(--strict); 'run' has the command's own, and 125 where hostpart itself failed."
 )
 
 
@@ -64,7 +64,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
         def error(self, message: str) -> NoReturn:
             self.print_usage(sys.stderr)
             # `run` has the command's own statuses, so its own failures are all of one kind.
-            self.exit(getattr(module, "FAILED", UsageError.exit_code), f"{self.prog}: {message}\ntry: {self.prog} --help\n")
+            status = getattr(module, "FAILED", UsageError.exit_code)
+            self.exit(status, f"{self.prog}: {message}\ntry: {self.prog} --help\n")
 
     parser = Parser(prog=f"hostpart {command}", allow_abbrev=False, formatter_class=Formatter)
     module.add(parser)
@@ -119,7 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         import difflib
 
-        near = difflib.get_close_matches(command, COMMANDS, 2) or [name for name in COMMANDS if name.startswith(command[:2])]
+        alike = [name for name in COMMANDS if name.startswith(command[:2])]
+        near = difflib.get_close_matches(command, COMMANDS, 2) or alike
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         print(f"hostpart: there is no command {command!r}{hint}\ntry: hostpart --help", file=sys.stderr)
         return 2
@@ -139,7 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + 13
     except OSError as error:
-        # The caller's limits can be met at any step; anything else is a mistake of this program's, and keeps its traceback.
+        # The caller's limits can be met at any step; anything else is a mistake of this program's, and keeps its
+        # traceback.
         if error.errno not in (errno.EMFILE, errno.ENFILE, errno.EAGAIN):
             raise
         reason = worded(error)

@@ -18,12 +18,14 @@ __all__ = ["add", "run"]
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
-        "Look twice at every task of your running VMs, at their leases and at what else is pinned to their pCPUs, and judge:\n"
-        "held, tainted or broken. The VMs' keepers are not asked, so a stopped or a lying one changes nothing."
+        "Look twice at every task of your running VMs, at their leases and at what else is pinned to their\n"
+        "pCPUs, and judge: held, tainted or broken. The VMs' keepers are not asked, so a stopped or a lying one changes nothing."
     )
-    parser.epilog = "Exit status: 0 looked (with --strict: and all held), 2 there is no such VM, 5 with --strict if one did not hold."
+    parser.epilog = "Exit status: 0 looked, 2 there is no such VM, 5 with --strict if one does not hold."
     parser.add_argument("vm", nargs="*", metavar="VM", help="only these (default: all of yours)")
-    parser.add_argument("--interval", type=options.seconds, default=0.5, metavar="SECONDS", help="between the two looks (default: 0.5)")
+    parser.add_argument(
+        "--interval", type=options.seconds, default=0.5, metavar="SECONDS", help="between the two looks (default: 0.5)"
+    )
     parser.add_argument("--strict", action="store_true", help="exit 5 if a partition does not hold")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

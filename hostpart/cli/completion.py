@@ -59,7 +59,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.epilog = """\
 where to put it, for yourself:
   hostpart completion bash > ~/.local/share/bash-completion/completions/hostpart
-  hostpart completion zsh > ~/.zfunc/_hostpart     (with fpath+=~/.zfunc before compinit in ~/.zshrc)
+  hostpart completion zsh > ~/.zfunc/_hostpart
+    (with fpath+=~/.zfunc before compinit in ~/.zshrc)
   hostpart completion fish > ~/.config/fish/completions/hostpart.fish
 for this shell only:
   source <(hostpart completion bash)     hostpart completion fish | source

@@ -32,19 +32,21 @@ __all__ = ["add", "run"]
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
-        "Boot the service VM with a vCPU on every pCPU, release the pCPUs meant for guests, create the file's user VMs on them\n"
-        "vCPU by vCPU, run their guests, and print where each one ran, from what the kernel says."
+        "Boot the service VM with a vCPU on every pCPU, release the pCPUs meant for guests, create the file's\n"
+        "user VMs on them vCPU by vCPU, run their guests, and print where each one ran, from what the kernel says."
     )
     parser.epilog = (
         "examples:\n"
-        "  hostpart launch example:first              fits any host with two or more usable pCPUs\n"
-        "  hostpart launch --dry-run my.toml          what it would do\n"
-        "  hostpart launch -d my.toml                 in the background; then: hostpart ps, show, stop\n\n"
-        "Exit status: 0 every guest ended with 0, 1 one did not or hostpart failed, 2 the file is wrong, 3 it does not fit,\n"
-        "4 not permitted, 5 with --strict if a partition did not hold, 128+N after signal N."
+        "  hostpart launch example:first        fits any host with two usable pCPUs\n"
+        "  hostpart launch --dry-run my.toml    what it would do\n"
+        "  hostpart launch -d my.toml           in the background: then ps, show, stop\n\n"
+        "Exit status: 0 every guest ended with 0, 1 one did not or hostpart failed, 2 the file is wrong,\n"
+        "3 it does not fit, 4 not permitted, 5 with --strict if a partition did not hold, 128+N after signal N."
     )
     parser.add_argument("file", metavar="FILE", help="scenario (TOML), or example:NAME")
-    parser.add_argument("-d", "--detach", action="store_true", help="go on in the background once the guests run; output in log files")
+    parser.add_argument(
+        "-d", "--detach", action="store_true", help="go on in the background once the guests run; output in log files"
+    )
     parser.add_argument("--dry-run", action="store_true", help="show what would be done; change nothing")
     parser.add_argument("--isolation", choices=("affinity", "sweep", "cpuset", "full"), help="instead of the file's")
     parser.add_argument("--require", action="store_true", help="fail rather than run at a lower level of isolation")
@@ -54,8 +56,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="queue for pCPUs in order of arrival; write --wait=SECONDS, for ever without a number",
     )  # fmt: skip
     parser.add_argument("--results", metavar="DIR", help="write each VM's evidence to DIR/VM.json")
-    parser.add_argument("--json", action="store_true", help="print events as JSON Lines; the guests' stdout goes to stderr")
-    parser.add_argument("-v", "--verbose", action="count", default=0, help="show log records of every worker; twice: in detail")
+    parser.add_argument(
+        "--json", action="store_true", help="print events as JSON Lines; the guests' stdout goes to stderr"
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="count", default=0, help="show log records of every worker; twice: in detail"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,14 +75,18 @@ def run(args: argparse.Namespace) -> int:
         try:
             os.makedirs(args.results, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"--results {args.results}: {error.strerror}", "name a directory that can be made") from None
+            raise UsageError(
+                f"--results {args.results}: {error.strerror}", "name a directory that can be made"
+            ) from None
     if args.verbose:
         from .verbosity import enable
 
         enable(args.verbose)
     if args.detach:
         return _detach(args, scenario, topology)
-    return _launch(args, scenario, topology, _Teller(args, scenario, topology), {vm.name: _caller(args) for vm in scenario.vms}, {})
+    return _launch(
+        args, scenario, topology, _Teller(args, scenario, topology), {vm.name: _caller(args) for vm in scenario.vms}, {}
+    )
 
 
 def _scenario(args: argparse.Namespace) -> Scenario:
@@ -97,7 +107,12 @@ def _caller(args: argparse.Namespace) -> Caller:
 
 
 def _launch(
-    args: argparse.Namespace, scenario: Scenario, topology: Topology, teller: _Teller, callers: dict[str, Caller], logs: dict[str, str]
+    args: argparse.Namespace,
+    scenario: Scenario,
+    topology: Topology,
+    teller: _Teller,
+    callers: dict[str, Caller],
+    logs: dict[str, str],
 ) -> int:
     front = Front(topology, next(iter(callers.values())), stop_on_interrupt=True, hear=teller.hear)
     for vm in scenario.vms:
@@ -261,7 +276,10 @@ def _detach(args: argparse.Namespace, scenario: Scenario, topology: Topology) ->
         _, status = os.waitpid(pid, 0)
         code = os.waitstatus_to_exitcode(status)
         if code < 0:
-            say(f"the process in the background was ended by signal {-code} before the guests ran; nothing of it runs\ntry: run it again")
+            say(
+                f"signal {-code} ended the process in the background before the guests ran; nothing of it runs\n"
+                "try: run it again"
+            )
         sys.stderr.write(said[1:-1].decode())
         return 128 - code if code < 0 else code or 1
     code = 1
@@ -272,7 +290,9 @@ def _detach(args: argparse.Namespace, scenario: Scenario, topology: Topology) ->
         os._exit(code)
 
 
-def _detached(args: argparse.Namespace, scenario: Scenario, topology: Topology, logs: dict[str, str], parent: int) -> int:
+def _detached(
+    args: argparse.Namespace, scenario: Scenario, topology: Topology, logs: dict[str, str], parent: int
+) -> int:
     os.setsid()
     callers: dict[str, Caller] = {}
     # Emptied when the VM is created: until then the file may be that of a running VM of the same name.
@@ -297,7 +317,13 @@ def _detached(args: argparse.Namespace, scenario: Scenario, topology: Topology, 
 class _Detached(_Teller):
     # Tells the user who is still waiting at the terminal, until the guests run; then the log files.
     def __init__(
-        self, args: argparse.Namespace, scenario: Scenario, topology: Topology, parent: int, logs: dict[str, str], opened: dict[str, int]
+        self,
+        args: argparse.Namespace,
+        scenario: Scenario,
+        topology: Topology,
+        parent: int,
+        logs: dict[str, str],
+        opened: dict[str, int],
     ) -> None:
         super().__init__(args, scenario, topology)
         self.parent, self.logs, self.opened = parent, logs, opened
@@ -313,7 +339,9 @@ class _Detached(_Teller):
         if self.json:
             text = "".join(json.dumps(event) + "\n" for event in self.ready_events())
         else:
-            rows = [[m["vm"], v["vcpu"], v["pcpu"], v["pid"], self.logs[m["vm"]]] for m in self.ready for v in m["vcpus"]]
+            rows = [
+                [m["vm"], v["vcpu"], v["pcpu"], v["pid"], self.logs[m["vm"]]] for m in self.ready for v in m["vcpus"]
+            ]
             text = table(["VM", "vCPU", "pCPU", "pid", "output"], rows, colour=False) + "\n"
         self._tell(b"0" + text.encode())
 

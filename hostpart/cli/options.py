@@ -44,7 +44,8 @@ def explicit_list(text: str) -> tuple[int, ...]:
 def scope(text: str) -> str:
     """Check whose tasks may be moved: ``host``, ``user``, ``tree:PID`` or ``cgroup:PATH``."""
     kind, _, what = text.partition(":")
-    if text in ("host", "user") or (kind == "tree" and what.isascii() and what.isdigit()) or (kind == "cgroup" and what.startswith("/")):
+    named = kind == "tree" and what.isascii() and what.isdigit()
+    if text in ("host", "user") or named or (kind == "cgroup" and what.startswith("/")):
         return text
     raise argparse.ArgumentTypeError(f"want host, user, tree:PID or cgroup:/PATH, got {text!r}")
 
@@ -82,7 +83,7 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         "--smt",
         choices=SMT_MODES,
         default="exclusive",
-        help="exclusive: no other VM on the cores used; whole: whole cores only; shared: any thread (default: exclusive)",
+        help="exclusive: no other VM on the cores; whole: whole cores only; shared: any thread (default: exclusive)",
     )
     parser.add_argument(
         "--reserve", type=cpu_list, default=CpuSet(), metavar="LIST", help="pCPUs never given out, such as 0-1"

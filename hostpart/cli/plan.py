@@ -30,11 +30,17 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("file", nargs="?", metavar="FILE", help="scenario (TOML), or example:NAME")
     parser.add_argument(
-        "--host", metavar="TOPOLOGY", help="plan for another machine: what 'topology --json' printed, or a recorded tree"
+        "--host",
+        metavar="TOPOLOGY",
+        help="plan for another machine: what 'topology --json' printed, or a recorded tree",
     )
     options.add_request(parser)
-    parser.add_argument("--kind", choices=("performance", "efficiency"), help="only pCPUs of this kind (hybrid machines)")
-    parser.add_argument("--free", type=options.cpu_list, metavar="LIST", help="what is free, instead of what is free now")
+    parser.add_argument(
+        "--kind", choices=("performance", "efficiency"), help="only pCPUs of this kind (hybrid machines)"
+    )
+    parser.add_argument(
+        "--free", type=options.cpu_list, metavar="LIST", help="what is free, instead of what is free now"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -42,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
     """Plan, and print it."""
     one = args.vcpus or args.pcpus
     if bool(args.file) == bool(one):
-        raise UsageError("want either a FILE, or -n N or --pcpus LIST", "hostpart plan example:first, or hostpart plan -n 2")
+        raise UsageError(
+            "want either a FILE, or -n N or --pcpus LIST", "hostpart plan example:first, or hostpart plan -n 2"
+        )
     topology = _topology(args.host)
     if args.file:
         scenario = load_scenario(args.file)
@@ -98,7 +106,11 @@ def render(placements: dict[str, Placement], as_json: bool, topology: Topology, 
     cpus = CpuSet.of(pcpu for one in placements.values() for pcpu in one.pcpus)
     idle = CpuSet.of(cpu for one in placements.values() for cpu in one.idle)
     rows = [(name, vcpu, pcpu) for name, one in placements.items() for vcpu, pcpu in enumerate(one.pcpus)]
-    why = [f"{name}: {sentence}" if len(placements) > 1 else sentence for name, one in placements.items() for sentence in one.why]
+    why = [
+        f"{name}: {sentence}" if len(placements) > 1 else sentence
+        for name, one in placements.items()
+        for sentence in one.why
+    ]
     if as_json:
         import json
 

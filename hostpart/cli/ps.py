@@ -33,11 +33,13 @@ def run(args: argparse.Namespace) -> int:
         import json
 
         print(
-            json.dumps({
-                "schema": 1,
-                "vms": [vm.to_json() for vm in vms],
-                "others": [{"pcpu": cpu, "pid": holder.pid, "uid": holder.uid} for cpu, holder in others],
-            })
+            json.dumps(
+                {
+                    "schema": 1,
+                    "vms": [vm.to_json() for vm in vms],
+                    "others": [{"pcpu": cpu, "pid": holder.pid, "uid": holder.uid} for cpu, holder in others],
+                }
+            )
         )
         return 0
     rows = [

@@ -36,11 +36,15 @@ def run(args: argparse.Namespace) -> int:
             return 0
         with Leases().lock():
             done = recover(ledger)
-    rows = [{"vm": one.name, "pcpus": list(one.pcpus), "ended": list(one.ended), "left": list(one.left)} for one in done]
+    rows = [
+        {"vm": one.name, "pcpus": list(one.pcpus), "ended": list(one.ended), "left": list(one.left)} for one in done
+    ]
     _print(args, rows, "VM {vm!r}, which was on pCPU {pcpus}, is struck out; processes ended: {ended}")
     left = [str(pid) for one in done for pid in one.left]
     if left:
-        raise NotPermitted(f"pid {', '.join(left)} cannot be ended by you", "run 'sudo hostpart restore', or end them as their owner")
+        raise NotPermitted(
+            f"pid {', '.join(left)} cannot be ended by you", "run 'sudo hostpart restore', or end them as their owner"
+        )
     return 0
 
 

@@ -41,23 +41,35 @@ def add(parser: argparse.ArgumentParser) -> None:
         "  hostpart run --pcpus 3,5 -- ./worker       two processes, on pCPUs 3 and 5\n"
         "  hostpart run --wait=60 -n 4 -- ./job       queue for up to a minute\n\n"
         "Exit status: the command's own (the first that is not 0), 128+N after signal N, 127 not found,\n"
-        "126 not executable, 125 hostpart itself failed (why: on stderr, and in the evidence), 5 with --strict if it did not hold."
+        "126 not executable, 125 hostpart itself failed (stderr and the evidence say why), 5 with --strict if it\n"
+        "did not hold."
     )
     options.add_request(parser)
     parser.add_argument("--smp", action="store_true", help="one process over all the pCPUs, not one per vCPU")
     parser.add_argument("--name", help="the VM's name (default: run-PID)")
-    parser.add_argument("--isolation", choices=LEVELS, default="affinity", help="how far to keep others off (default: affinity)")
-    parser.add_argument("--scope", type=options.scope, metavar="SCOPE", help="whose tasks may be moved: host, user, tree:PID, cgroup:PATH")
+    parser.add_argument(
+        "--isolation", choices=LEVELS, default="affinity", help="how far to keep others off (default: affinity)"
+    )
+    parser.add_argument(
+        "--scope",
+        type=options.scope,
+        metavar="SCOPE",
+        help="whose tasks may be moved: host, user, tree:PID, cgroup:PATH",
+    )
     parser.add_argument("--require", action="store_true", help="fail rather than run at a lower level of isolation")
     parser.add_argument("--strict", action="store_true", help="exit 5 if the partition did not hold")
     parser.add_argument(
         "--wait", nargs="?", type=options.wait_seconds, const=float("inf"), metavar="SECONDS",
         help="queue for pCPUs in order of arrival; write --wait=SECONDS, for ever without a number",
     )  # fmt: skip
-    parser.add_argument("--on-drift", choices=("warn", "repin", "kill"), default="warn", help="what to do if the guest leaves its pCPU")
+    parser.add_argument(
+        "--on-drift", choices=("warn", "repin", "kill"), default="warn", help="what to do if the guest leaves its pCPU"
+    )
     parser.add_argument("--user", help="run the command as this user (root only)")
     parser.add_argument("--group", help="run the command as this group (root only)")
-    parser.add_argument("--sched", default="other", metavar="POLICY[:PRIO]", help="other, batch, idle, fifo:1-99 or rr:1-99")
+    parser.add_argument(
+        "--sched", default="other", metavar="POLICY[:PRIO]", help="other, batch, idle, fifo:1-99 or rr:1-99"
+    )
     parser.add_argument("--nice", type=int, metavar="N", help="-20 to 19")
     parser.add_argument("--mlock", action="store_true", help="lock the guest's memory in RAM")
     parser.add_argument("--evidence", metavar="FILE", help="write what the kernel said of the run to FILE (JSON)")
@@ -164,12 +176,12 @@ def refuse_nested() -> None:
     outer = os.environ.get("HOSTPART_VM")
     if outer is not None:
         raise UsageError(
-            f"this is inside VM {outer!r}, vCPU {os.environ.get('HOSTPART_VCPU', '?')}, whose pCPUs are its own already",
-            "start the other VM from outside; where HOSTPART_VM was merely inherited, 'env -u HOSTPART_VM hostpart ...'",
+            f"this is inside vCPU {os.environ.get('HOSTPART_VCPU', '?')} of VM {outer!r}, whose pCPUs are spoken for",
+            "start it from outside; where HOSTPART_VM was merely inherited, with 'env -u HOSTPART_VM hostpart ...'",
         )
 
 
-def _hear(keeper: Running, message: dict[str, Any]) -> None:
+def _hear(_keeper: Running, message: dict[str, Any]) -> None:
     if message["event"] == "note":
         say(message["text"])
     elif message["event"] == "waiting":
@@ -193,8 +205,14 @@ def warn_of_throttling(config: VmConfig) -> None:
 def _probe(path: str) -> None:
     # Before anything runs: evidence that cannot be written would be lost after an hour's work.
     folder = os.path.dirname(path) or "."
-    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
-        raise UsageError(f"the evidence cannot be written to {path!r}", "name a file in a directory that is there and writable")
+    if (
+        os.path.isdir(path)
+        or not os.path.isdir(folder)
+        or not os.access(path if os.path.exists(path) else folder, os.W_OK)
+    ):
+        raise UsageError(
+            f"the evidence cannot be written to {path!r}", "name a file in a directory that is there and writable"
+        )
 
 
 def _write(path: str, document: dict[str, Any]) -> None:

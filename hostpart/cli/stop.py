@@ -16,11 +16,19 @@ _KILL_WAIT_S = 10.0  # what a keeper may need to end a large tree
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.description = "End a VM: SIGTERM to its guests, SIGKILL to what is left after the grace time. Returns when its pCPUs are free."
+    parser.description = (
+        "End a VM: SIGTERM to its guests, SIGKILL to what is left after the grace time.\n"
+        "Returns when its pCPUs are free."
+    )
     parser.epilog = "Exit status: 0 it is gone, 1 it is not, 2 there is no such VM, 4 it is not yours."
     parser.add_argument("vm", metavar="VM", nargs="+", help="the VM's name (see 'hostpart ps')")
     parser.add_argument(
-        "-t", "--time", type=options.seconds, default=GRACE_S, metavar="SECONDS", help=f"the grace time (default: {GRACE_S:g})"
+        "-t",
+        "--time",
+        type=options.seconds,
+        default=GRACE_S,
+        metavar="SECONDS",
+        help=f"the grace time (default: {GRACE_S:g})",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -45,7 +45,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Say what ``hostpart topology`` takes."""
     parser.description = "Show the host's packages, NUMA nodes, caches, cores and threads, and who holds each pCPU."
     parser.epilog = _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--root",
         default="/",
