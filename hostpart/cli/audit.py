@@ -19,7 +19,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
         "Look twice at every task of your running VMs, at their leases and at what else is pinned to their\n"
-        "pCPUs, and judge: held, tainted or broken. The VMs' keepers are not asked, so a stopped or a lying one changes nothing."
+        "pCPUs, and judge: held, tainted or broken. The VMs' keepers are not asked, so a stopped or a lying one\n"
+        "changes nothing."
     )
     parser.epilog = "Exit status: 0 looked, 2 there is no such VM, 5 with --strict if one does not hold."
     parser.add_argument("vm", nargs="*", metavar="VM", help="only these (default: all of yours)")
