@@ -166,7 +166,8 @@ class DeviceModel:
     def explain(self, result: int, call: str) -> HostpartError:
         """Return the sentence for a negated errno."""
         return self.hypervisor.refusal or Failed(
-            f"{call} for VM {self.config.name!r} failed: {os.strerror(-result)}",
+            f"{call} for VM {self.config.name!r} failed: {os.strerror(-result)} "
+            f"({errno.errorcode.get(-result, -result)})",
             f"run 'hostpart show {self.config.name}' to see its state",
         )
 

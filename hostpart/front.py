@@ -177,11 +177,13 @@ class Front:
         """
         while True:
             self._pump()
-            if done():
-                return
-            found = signal.sigtimedwait(_WAITED, 1.0)
+            finished = done()
+            # Also when it is over already: a Ctrl-C that ended the guest is why.
+            found = signal.sigtimedwait(_WAITED, 0 if finished else 1.0)
             if found is not None:
                 self._signalled(found)
+            elif finished:
+                return
 
     def stop(self, grace_s: float = GRACE_S) -> None:
         """Ask all keepers to end their VMs."""

@@ -131,6 +131,13 @@ def test_a_signal_ends_every_guest_and_leaves_nothing(place: Place, scenario: Wr
     assert place.is_clean()
 
 
+def test_an_interrupt_that_comes_together_with_the_guests_end_is_the_outcome(place: Place, scenario: Write) -> None:
+    parent = "cut -d' ' -f4"
+    script = f"kill -INT $({parent} /proc/$({parent} /proc/$$/stat)/stat); kill -INT $$"
+    assert place.run("launch", scenario(f'command = ["sh", "-c", "{script}"]')).returncode == 128 + signal.SIGINT
+    assert place.is_clean()
+
+
 def test_a_signal_while_it_waits_for_pcpus_leaves_nothing_and_no_guest_has_run(place: Place, scenario: Write) -> None:
     holder = place.start("run", "-n", str(len(USABLE) - 1), "--smp", "--", "sh", "-c", "echo ready; sleep 60")
     assert holder.stdout
