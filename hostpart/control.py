@@ -13,14 +13,16 @@ import stat
 import struct
 import time
 
-from .errors import Failed, HostpartError, NotPermitted, UnknownVm
+from .errors import Failed, HostpartError, NotPermitted, UnknownVm, UsageError
 from .lease import Holder
+from .ledger import runtime_directory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
-__all__ = ["Request", "Server", "ask", "names", "socket_path"]
+__all__ = ["Request", "Server", "ask", "find", "names", "socket_path"]
 
 _MAX_REQUEST = 4096
 _LOOK_AGAIN_S = 1.0
@@ -35,6 +37,38 @@ def socket_path(directory: str, name: str) -> str:
 def names(directory: str) -> list[str]:
     """Return the names of the VMs that have a socket in *directory*, sorted."""
     return sorted(entry[: -len(_SUFFIX)] for entry in os.listdir(directory) if entry.endswith(_SUFFIX))
+
+
+def find(name: str) -> str:
+    """Return the runtime directory that has the VM *name*: the caller's own, or for root another user's.
+
+    Other users' are looked for in ``/run/user`` and ``/tmp``, where they are by default.
+
+    :raises UsageError: where several users have a VM of that name
+    """
+    own = runtime_directory()
+    if os.geteuid() or name in names(own):
+        return own
+    there = {uid: folder for uid, folder in _of_others() if name in names(folder)}
+    if len(there) > 1:
+        raise UsageError(
+            f"uids {', '.join(map(str, there))} each have a VM named {name!r}", "say whose: 'sudo -u USER hostpart ...'"
+        )
+    return next(iter(there.values()), own)
+
+
+def _of_others() -> Iterator[tuple[int, str]]:
+    for parent, prefix, suffix in (("/run/user", "", "/hostpart"), ("/tmp", "hostpart-", "")):
+        for entry in os.listdir(parent) if os.path.isdir(parent) else ():
+            uid, folder = entry.removeprefix(prefix), f"{parent}/{entry}{suffix}"
+            if entry != f"{prefix}{uid}" or not (uid.isascii() and uid.isdecimal()):
+                continue
+            try:
+                found = os.lstat(folder)  # /tmp is anybody's: what another user put there is not followed
+            except OSError:
+                continue
+            if stat.S_ISDIR(found.st_mode) and found.st_uid == int(uid):
+                yield int(uid), folder
 
 
 class Server:

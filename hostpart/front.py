@@ -264,7 +264,7 @@ class Front:
         keeper.error = Failed(
             f"the keeper of VM {keeper.name!r} (pid {keeper.pid}) was killed; "
             + (f"{left} of its processes could not be ended" if left else "its guest was ended and its pCPUs are free"),
-            "run 'sudo hostpart restore'" if left else "run it again",
+            "see 'hostpart restore --dry-run', and have root end them" if left else "run it again",
         )
         self._hear(keeper, {"event": "lost"})
 

@@ -265,9 +265,10 @@ class Keeper:
             if found.ended:
                 self._note(f"ended {len(found.ended)} processes that VM {found.name!r} left when hostpart was killed")
             if found.left:
+                pids = " ".join(map(str, found.left))
                 raise Failed(
-                    f"processes {', '.join(map(str, found.left))} of the dead VM {found.name!r} are not yours to end",
-                    "run 'sudo hostpart restore'",
+                    f"pid {pids} of the dead VM {found.name!r} is not yours to end",
+                    f"have root end it: 'sudo kill -KILL {pids}'",
                 )
 
     def _get_pcpus(self) -> None:

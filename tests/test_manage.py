@@ -16,7 +16,7 @@ import pytest
 from hostpart import evidence, procfs
 from hostpart.cpuset import CpuSet
 from hostpart.ledger import Ledger
-from tests.conftest import Place, wait_until
+from tests.conftest import HOSTPART, Place, wait_until
 
 SCHEMA: dict[str, Any] = json.loads(Path(evidence.__file__).with_name("evidence.schema.json").read_text())
 USABLE = sorted(os.sched_getaffinity(0))
@@ -366,3 +366,25 @@ def test_restore_strikes_out_what_a_killed_hostpart_left_and_dry_run_does_not(
     assert "'box'" in done.stdout
     assert place.is_clean()
     assert place.run("restore").stdout == "nothing is left behind\n"
+
+
+def test_root_reaches_another_users_vm_by_its_name(nobodys_place: Place, tmp_path: Path) -> None:
+    # Where a user's runtime directory is by default, which is where root looks.
+    home = Path("/tmp/hostpart-65534")
+    if home.exists() and any(home.glob("*.sock")):
+        pytest.skip("uid 65534 has VMs of its own on this host")
+    env = {name: value for name, value in nobodys_place.env.items() if name != "HOSTPART_RUNTIME_DIR"}
+    guest = subprocess.Popen(
+        [*nobodys_place.command, "run", "--name", "theirs", "--", "sleep", "60"], env=env, stderr=subprocess.DEVNULL
+    )
+    try:
+        assert wait_until((home / "theirs.sock").exists, 20)
+        root = {**nobodys_place.env, "HOSTPART_RUNTIME_DIR": str(tmp_path / "roots")}
+        done = subprocess.run([*HOSTPART, "stop", "theirs"], env=root, capture_output=True, text=True, check=False)
+        assert done.stderr == ""
+        assert done.returncode == 0
+        assert guest.wait(10) == 128 + signal.SIGTERM
+    finally:
+        if guest.poll() is None:
+            guest.terminate()
+            guest.wait(15)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from .. import control
-from ..ledger import runtime_directory
 from .show import ANSWER_WAIT_S
 
 __all__ = ["add", "run"]
@@ -21,7 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Pause it."""
-    answer = control.ask(runtime_directory(), args.vm, {"do": "pause"}, ANSWER_WAIT_S)
+    answer = control.ask(control.find(args.vm), args.vm, {"do": "pause"}, ANSWER_WAIT_S)
     if args.json:
         import json
 

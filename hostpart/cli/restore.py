@@ -39,12 +39,10 @@ def run(args: argparse.Namespace) -> int:
     rows = [
         {"vm": one.name, "pcpus": list(one.pcpus), "ended": list(one.ended), "left": list(one.left)} for one in done
     ]
-    _print(args, rows, "VM {vm!r}, which was on pCPU {pcpus}, is struck out; processes ended: {ended}")
-    left = [str(pid) for one in done for pid in one.left]
+    _print(args, rows, "VM {vm!r} was on pCPU {pcpus}; processes ended: {ended}; not yours to end: {left}")
+    left = " ".join(str(pid) for one in done for pid in one.left)
     if left:
-        raise NotPermitted(
-            f"pid {', '.join(left)} cannot be ended by you", "run 'sudo hostpart restore', or end them as their owner"
-        )
+        raise NotPermitted(f"pid {left} is not yours to end", f"have root end it: 'sudo kill -KILL {left}'")
     return 0
 
 

@@ -6,7 +6,6 @@ import argparse
 import sys
 
 from .. import control
-from ..ledger import runtime_directory
 
 __all__ = ["add", "run"]
 
@@ -23,7 +22,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print it."""
-    answer = control.ask(runtime_directory(), args.vm, {"do": "show"}, ANSWER_WAIT_S)
+    answer = control.ask(control.find(args.vm), args.vm, {"do": "show"}, ANSWER_WAIT_S)
     if args.json:
         import json
 

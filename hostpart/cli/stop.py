@@ -6,7 +6,6 @@ import argparse
 
 from .. import control
 from ..front import GRACE_S
-from ..ledger import runtime_directory
 from . import options
 
 __all__ = ["add", "run"]
@@ -35,9 +34,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """End them, one after the other."""
-    directory = runtime_directory()
     for name in args.vm:
-        answer = control.ask(directory, name, {"do": "stop", "grace_s": args.time}, args.time + _KILL_WAIT_S)
+        answer = control.ask(control.find(name), name, {"do": "stop", "grace_s": args.time}, args.time + _KILL_WAIT_S)
         if args.json:
             import json
 
