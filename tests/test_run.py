@@ -20,6 +20,8 @@ import pytest
 from hostpart import evidence
 from hostpart.cli.run import warn_of_throttling
 from hostpart.config import Guest, VmConfig
+from hostpart.host import Host
+from hostpart.topology import read_topology
 from tests.conftest import Place, wait_until
 
 SCHEMA: dict[str, Any] = json.loads(Path(evidence.__file__).with_name("evidence.schema.json").read_text())
@@ -690,3 +692,12 @@ def test_an_isolation_that_is_required_and_out_of_reach_changes_nothing(place: P
     assert (done.returncode, done.stdout) == (125, "")
     assert error_of(path)["exit_code"] == 4
     assert place.is_clean()
+
+
+def test_a_kind_that_this_host_does_not_have_is_refused_with_that_reason(place: Place) -> None:
+    if any(pcpu.kind for pcpu in read_topology(Host()).pcpus):
+        pytest.skip("needs a host whose pCPUs are all of one kind")
+    done = place.run("run", "--kind", "performance", "--", "true")
+    assert done.returncode == 125
+    assert "kind" in done.stderr
+    assert "try:" in done.stderr

@@ -72,7 +72,7 @@ def wait_seconds(text: str) -> float:
 
 
 def add_request(parser: argparse.ArgumentParser) -> None:
-    """Add ``-n``, ``--pcpus``, ``--policy``, ``--smt`` and ``--reserve``."""
+    """Add ``-n``, ``--pcpus``, ``--policy``, ``--smt``, ``--kind`` and ``--reserve``."""
     which = parser.add_mutually_exclusive_group()
     which.add_argument("-n", "--vcpus", type=count, metavar="N", help="how many vCPUs (default: 1)")
     which.add_argument(
@@ -86,6 +86,9 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         help="exclusive: no other VM on the cores; whole: whole cores only; shared: any thread (default: exclusive)",
     )
     parser.add_argument(
+        "--kind", choices=("performance", "efficiency"), help="only pCPUs of this kind (hybrid machines)"
+    )
+    parser.add_argument(
         "--reserve", type=cpu_list, default=CpuSet(), metavar="LIST", help="pCPUs never given out, such as 0-1"
     )
 
@@ -95,4 +98,4 @@ def request_of(args: argparse.Namespace) -> Request:
     from ..allocator import Request
 
     pcpus = args.pcpus or ()
-    return Request(len(pcpus) or args.vcpus or 1, pcpus, args.policy, args.smt)
+    return Request(len(pcpus) or args.vcpus or 1, pcpus, args.policy, args.smt, args.kind)

@@ -36,9 +36,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     options.add_request(parser)
     parser.add_argument(
-        "--kind", choices=("performance", "efficiency"), help="only pCPUs of this kind (hybrid machines)"
-    )
-    parser.add_argument(
         "--free", type=options.cpu_list, metavar="LIST", help="what is free, instead of what is free now"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -61,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         from ..config import ServiceVm
 
-        request: Request = options.request_of(args).replace(kind=args.kind)
+        request: Request = options.request_of(args)
         supply = _supply(args, topology, CpuSet.of(request.pcpus), ServiceVm(reserve=args.reserve))
         placements = {"vm": place(topology, supply, request)}
     render(placements, args.json, topology, supply)

@@ -156,6 +156,7 @@ def _config(args: argparse.Namespace) -> VmConfig:
         request.pcpus,
         request.policy,
         request.smt,
+        request.kind,
         isolation=args.isolation,
         require=args.require,
         on_drift=args.on_drift,
