@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -361,3 +362,35 @@ def test_an_unprivileged_user_can_launch_the_first_example(nobodys_place: Place)
     done = nobodys_place.run("launch", "example:first", cwd="/")
     assert done.returncode == 0, done.stderr
     assert "uos1 vCPU 0 of " in done.stdout
+
+
+_FROM_PYTHON = """
+import os, signal, sys, threading
+import hostpart
+before = os.sched_getaffinity(0), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+ended = hostpart.launch(hostpart.parse_scenario(sys.argv[1], "here"))
+assert (os.sched_getaffinity(0), signal.pthread_sigmask(signal.SIG_BLOCK, ())) == before
+print(ended["rt"]["vcpus"][0]["cpus_seen"], ended["rt"]["vcpus"][0]["exit"])
+stop = threading.Event()
+thread = threading.Thread(target=stop.wait)
+thread.start()
+try:
+    hostpart.launch(hostpart.parse_scenario(sys.argv[1], "here"))
+except RuntimeError as error:
+    print(error)
+finally:
+    stop.set()
+"""
+
+
+@pytest.mark.usefixtures("two_pcpus")
+def test_a_scenario_is_launched_from_python_and_the_caller_is_as_before(place: Place) -> None:
+    text = '[[vm]]\nname = "rt"\nvcpus = 1\ncommand = ["sh", "-c", "exit 3"]\n'
+    done = subprocess.run(
+        [sys.executable, "-c", _FROM_PYTHON, text], env=place.env, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+    first, second = done.stdout.splitlines()
+    assert re.fullmatch(r"\d+ {'code': 3}", first)
+    assert "has threads" in second
+    assert place.is_clean()

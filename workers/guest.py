@@ -11,7 +11,7 @@ from .vcpu import NOT_EXECUTABLE, NOT_FOUND, Order, be_traced, settle_signals
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from typing import NoReturn
 
 __all__ = ["Command", "Python"]
@@ -63,9 +63,8 @@ class Python:
 
     execs = False
 
-    def __init__(self, target: str, flush: Callable[[], None] | None = None) -> None:
+    def __init__(self, target: str) -> None:
         self.target = target
-        self.flush = flush
 
     def __call__(self, order: Order) -> NoReturn:
         os.environ.clear()
@@ -96,7 +95,8 @@ class Python:
         import importlib
         import signal
 
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as the interpreter does at its own start
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         # A user's folder may have a package of this one's name: theirs is what they mean.
         for name in [name for name in sys.modules if name == "workers" or name.startswith("workers.")]:
             if not self.target.startswith("workers.probes."):
