@@ -30,13 +30,14 @@ from .value import Value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any, NoReturn
 
     from .config import ServiceVm, VmConfig
     from .isolation import Isolation
     from .topology import Topology
 
-__all__ = ["Options", "adopt", "fork_keeper", "ignore_terminal"]
+__all__ = ["Options", "adopt", "fork_beside", "fork_keeper", "ignore_terminal"]
 
 PERIOD_S = 0.25  # between two looks at the guest; the evidence states it
 _READY_WAIT_S = 30.0
@@ -100,8 +101,17 @@ def fork_keeper(
     :param others: the front's ends of other keepers' channels, which this one must not hold open
     :raises OSError: where no process or descriptor can be had
     """
-    ours, theirs = Channel.pair()
     front = os.getpid()
+    return fork_beside(lambda theirs: Keeper(config, service, topology, caller, options, theirs, front).run(), others)
+
+
+def fork_beside(run: Callable[[Channel], NoReturn], others: list[Channel]) -> tuple[int, Channel]:
+    """Fork a process that *run* never leaves; return its pid and this end of the channel whose other end it has.
+
+    :param others: channels that it must not hold open
+    :raises OSError: where no process or descriptor can be had
+    """
+    ours, theirs = Channel.pair()
     pid = os.fork()
     if pid:
         theirs.close()
@@ -109,7 +119,7 @@ def fork_keeper(
     try:
         for channel in (ours, *others):
             channel.close()
-        Keeper(config, service, topology, caller, options, theirs, front).run()
+        run(theirs)
     except BaseException:
         import traceback
 

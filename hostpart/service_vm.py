@@ -16,11 +16,10 @@ from workers import vcpu as worker
 
 from . import hypercall as hc
 from . import procfs
-from .channel import Channel
 from .cpuset import CpuSet
 from .errors import DoesNotFit, Failed, HostpartError, worded
 from .hypervisor import SERVICE_VMID, Hypervisor
-from .keeper import adopt, ignore_terminal
+from .keeper import adopt, fork_beside, ignore_terminal
 from .lease import Leases
 from .ledger import Ledger, VmRow, boot_id
 
@@ -28,6 +27,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
+    from .channel import Channel
     from .config import ServiceVm
     from .device_model import Caller
     from .hypervisor import Vcpu, Vm
@@ -47,21 +47,8 @@ def fork_service_vm(service: ServiceVm, explicit: CpuSet, topology: Topology, ca
     :param explicit: pCPUs that user VMs name themselves: it keeps others, while it can
     :raises OSError: where no process or descriptor can be had
     """
-    ours, theirs = Channel.pair()
     front = os.getpid()
-    pid = os.fork()
-    if pid:
-        theirs.close()
-        return pid, ours
-    try:
-        ours.close()
-        _Keeper(service, explicit, topology, caller, theirs, front).run()
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        os._exit(1)
+    return fork_beside(lambda theirs: _Keeper(service, explicit, topology, caller, theirs, front).run(), [])
 
 
 class _Keeper:
