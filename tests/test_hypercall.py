@@ -8,6 +8,7 @@ import errno
 import mmap
 import struct
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -159,13 +160,13 @@ READABLE: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("make", UNREADABLE.values(), ids=list(UNREADABLE))
-def test_a_buffer_that_cannot_be_copied_is_told_and_not_raised(make: Callable[[], object]) -> None:
+def test_a_buffer_that_cannot_be_copied_is_told_and_not_raised(make: Callable[[], Any]) -> None:
     assert hc.copy_from_user(make(), 8) is None
     assert hc.copy_to_user(make(), bytes(8)) is False
 
 
 @pytest.mark.parametrize("make", READABLE.values(), ids=list(READABLE))
-def test_whatever_has_writable_bytes_is_read_and_written_through(make: Callable[[], object]) -> None:
+def test_whatever_has_writable_bytes_is_read_and_written_through(make: Callable[[], Any]) -> None:
     buffer = make()
     assert hc.copy_to_user(buffer, b"\1\2\3\4\5\6\7\x08")
     assert hc.copy_from_user(buffer, 8) == b"\1\2\3\4\5\6\7\x08"

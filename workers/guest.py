@@ -48,10 +48,11 @@ class Command:
         os._exit(NOT_FOUND if number == errno.ENOENT else NOT_EXECUTABLE)
 
     def _candidates(self, order: Order) -> list[str]:
+        # Not os.get_exec_path: it imports, and who this is by now may not be let into the library's directory.
         name = self.argv[0]
         if "/" in name:
             return [name]
-        return [os.path.join(folder or ".", name) for folder in os.get_exec_path(dict(order.environ))]
+        return [os.path.join(folder or ".", name) for folder in order.environ.get("PATH", os.defpath).split(":")]
 
 
 class Python:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import _ctypes
 import os
 import signal
+import sys
 
 from . import crash
 
@@ -195,9 +196,7 @@ def fork(order: Order) -> int:
     try:
         _work(order, keeper)
     except BaseException:
-        import traceback
-
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # needs no import, which another user's worker might not be allowed
     finally:
         os._exit(NOT_STARTED)
 
