@@ -309,7 +309,7 @@ def test_a_stopped_holder_of_the_allocator_s_lock_is_named_with_what_ends_it(lea
     assert ", stopped)" in str(busy)
     assert leases.directory in str(busy)
     assert busy.remedy == f"let it go on with 'kill -CONT {holder.pid}', or end it with 'kill -KILL {holder.pid}'"
-    subprocess.run(["kill", "-KILL", str(holder.pid)], check=True)
+    subprocess.run(["sh", "-c", f"kill -KILL {holder.pid}"], check=True)
     holder.wait()
     with leases.lock(5):
         pass
