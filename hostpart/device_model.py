@@ -228,7 +228,15 @@ class DeviceModel:
             return None  # no level is enabled
         from workers.log import WorkerLog
 
-        return WorkerLog(f"{self.config.name}/vcpu{vcpu.vcpu_id} pCPU {vcpu.pcpu}")
+        try:
+            return WorkerLog(f"{self.config.name}/vcpu{vcpu.vcpu_id} pCPU {vcpu.pcpu}")
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
+            raise Failed(
+                f"the workers' log records need semaphores in /dev/shm: {error.strerror}",
+                "see 'ls -ld /dev/shm', which has mode 1777 where all is well, or run it without -v",
+            ) from None
 
     def _environ(self, vm: Vm, vcpu: Vcpu, smp: bool) -> dict[str, str]:
         pcpus = vm.placement.pcpus

@@ -213,12 +213,11 @@ class _Teller:
         if self.json:
             self._print_json({"event": "booted", "vm": "vm0", "kept": message["kept"], "vcpus": message["vcpus"]})
             return
-        source = "as the MADT lists them" if message["madt"] else "as sysfs lists them"
+        doubts = f" ({'; '.join(self.topology.doubts)})" if self.topology.doubts else ""
+        source = f"as {'the MADT' if message['madt'] else 'sysfs'} lists them{doubts}"
         self._print(f"service VM booted with {len(pcpus)} vCPUs on pCPU {pcpus}, {source}")
         astray = [vcpu for vcpu in message["vcpus"] if vcpu["ran_on"] != vcpu["pcpu"]]
         self._print(f"each vCPU read its pin back and ran there: {'no' if astray else 'yes'}")
-        for doubt in self.topology.doubts:
-            say(f"sysfs alone says which pCPUs there are: {doubt}")
 
     def _released(self, message: dict[str, Any]) -> None:
         if not message["pcpus"]:
