@@ -64,8 +64,7 @@ class Channel:
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.ECONNRESET):
                 raise
-            self.ended = True
-            return False
+            return False  # what the other end said before it went can still be read
         return True
 
     def receive(self) -> list[dict[str, Any]]:

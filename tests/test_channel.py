@@ -115,6 +115,7 @@ def test_what_was_sent_before_the_other_end_closed_is_still_read(ends: Ends) -> 
 def test_sending_to_a_closed_end_says_so_and_raises_nothing(ends: Ends) -> None:
     ends[1].close()
     assert ends[0].send({"event": "created"}) is False
+    assert ends[0].receive() == []
     assert ends[0].ended
     assert ends[0].receive() == []
 
@@ -123,3 +124,23 @@ def test_a_message_cut_off_by_death_is_not_delivered(ends: Ends) -> None:
     ends[0]._socket.send(b"\x40\x00\x00\x00half")
     ends[0].close()
     assert wait_until(lambda: ends[1].receive() == [] and ends[1].ended)
+
+
+def test_the_last_word_is_read_also_after_an_answer_to_it_could_not_be_sent() -> None:
+    here, there = Channel.pair()
+    there.send({"event": "ended"})
+    there.close()
+    assert not here.send({"do": "stop"})
+    assert here.receive() == [{"event": "ended"}]
+    assert here.ended
+    here.close()
+
+
+def test_the_last_word_is_read_also_where_the_other_end_left_something_unread() -> None:
+    here, there = Channel.pair()
+    here.send({"do": "stop"})
+    there.send({"event": "ended"})
+    there.close()
+    assert here.receive() == [{"event": "ended"}]
+    assert here.ended
+    here.close()
