@@ -230,7 +230,8 @@ class _Teller:
     def _evidence(self) -> None:
         from .evidence import summary
 
-        for document in self.documents:
+        in_file = [vm.name for vm in self.scenario.vms]
+        for document in sorted(self.documents, key=lambda document: in_file.index(document["vm"])):
             self._print("\n" + summary(document, colour=self.colour))
 
     def ready_events(self) -> list[dict[str, Any]]:
