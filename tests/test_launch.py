@@ -203,6 +203,17 @@ def test_a_python_guest_is_the_users_even_where_a_package_is_called_workers(
     assert done.stderr.splitlines()[-1] == "mine: True"
 
 
+def test_a_folder_called_workers_is_the_users_also_without_an_init_file(
+    place: Place, scenario: Write, tmp_path: Path
+) -> None:
+    (tmp_path / "workers").mkdir()
+    (tmp_path / "workers" / "jobs.py").write_text("def main():\n    print('mine')\n")
+    command = [sys.executable, "-m", "hostpart", "launch", "--json", scenario('python = "workers.jobs:main"')]
+    done = subprocess.run(command, cwd=tmp_path, env=place.env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "mine"
+
+
 def test_a_shipped_python_guest_runs_also_from_a_folder_with_a_package_called_workers(
     place: Place, tmp_path: Path
 ) -> None:

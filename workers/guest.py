@@ -98,11 +98,15 @@ class Python:
 
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as the interpreter does at its own start
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        # A user's folder may have a package of this one's name: theirs is what they mean.
-        for name in [name for name in sys.modules if name == "workers" or name.startswith("workers.")]:
-            if not self.target.startswith("workers.probes."):
-                del sys.modules[name]
         sys.path.insert(0, os.getcwd())
+        # A user's folder may have a package of this one's name: theirs is what they mean.
+        if not self.target.startswith("workers.probes."):
+            for name in [name for name in sys.modules if name == "workers" or name.startswith("workers.")]:
+                del sys.modules[name]
+            if os.path.isdir("workers") and not os.path.exists("workers/__init__.py"):
+                # Without that file it would lose to this one, which is further back in the path but has it.
+                sys.modules["workers"] = theirs = type(sys)("workers")
+                theirs.__path__ = [os.path.abspath("workers")]
         module, _, attribute = self.target.partition(":")
         function = importlib.import_module(module)
         for part in attribute.split("."):
