@@ -12,6 +12,7 @@ import os
 from .allocator import POLICIES, SMT_MODES, Request
 from .cpuset import MAX_CPUS, CpuSet
 from .errors import ConfigError
+from .isolation import LEVELS
 from .value import Value
 
 TYPE_CHECKING = False
@@ -43,7 +44,7 @@ __all__ = [
 ]
 
 GUEST_KINDS = ("command", "smp", "python")
-ISOLATION_LEVELS = ("affinity", "sweep", "cpuset", "full")
+ISOLATION_LEVELS = LEVELS
 DRIFT_ANSWERS = ("warn", "repin", "kill")
 PCPU_KINDS = ("performance", "efficiency")  # of a hybrid machine, as the topology names them
 SCHED_POLICIES = ("other", "batch", "idle", "fifo", "rr")
@@ -131,6 +132,11 @@ class Scenario(Value):
     source: str
     vms: tuple[VmConfig, ...]
     service: ServiceVm = ServiceVm()
+
+    @property
+    def explicit(self) -> CpuSet:
+        """The pCPUs (Linux numbers) that its VMs name themselves."""
+        return CpuSet.of(pcpu for vm in self.vms for pcpu in vm.pcpus)
 
 
 def check_name(name: str) -> str:

@@ -157,7 +157,7 @@ class Request:
 
     def refuse(self, error: HostpartError) -> None:
         """Answer with an error."""
-        self.reply({"error": {"exit_code": error.exit_code, "problem": str(error), "remedy": error.remedy}})
+        self.reply({"error": error.to_json()})
 
 
 def _read(connection: _socket.socket) -> Request | None:

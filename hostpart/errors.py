@@ -37,6 +37,10 @@ class HostpartError(Exception):
         """The command or the edit that mends it, in the imperative."""
         raise NotImplementedError
 
+    def to_json(self) -> dict[str, int | str]:
+        """Return what another process, or a script, has to know of it."""
+        return {"exit_code": self.exit_code, "problem": str(self), "remedy": self.remedy}
+
 
 class _Said(HostpartError):
     """An error whose facts are two sentences: what is wrong, and what to do."""

@@ -180,17 +180,14 @@ class Keeper:
             self.front.send({"event": "cancelled"})
         except HostpartError as error:
             code = 1
-            self.front.send(
-                {"event": "error", "exit_code": error.exit_code, "problem": str(error), "remedy": error.remedy}
-            )
+            self.front.send({"event": "error", **error.to_json()})
         except OSError as error:
             code, reason = 1, worded(error)
             self.front.send(
                 {
                     "event": "error",
-                    "exit_code": 1,
+                    **reason.to_json(),
                     "problem": f"the VM {self.config.name!r} could not be run: {reason}",
-                    "remedy": reason.remedy,
                 }
             )
         os._exit(code)

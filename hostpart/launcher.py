@@ -13,12 +13,11 @@ from .device_model import Caller
 from .errors import DoesNotFit
 from .front import Front, Interrupted
 from .host import Host
-from .hypercall import CreateVm
 from .hypervisor import Hypervisor
 from .isolation import Isolation, reach
 from .keeper import Options
 from .lease import Leases
-from .service_vm import NAME, fork_service_vm
+from .service_vm import NAME, fork_service_vm, keep_wish
 from .topology import read_topology
 
 TYPE_CHECKING = False
@@ -47,17 +46,9 @@ def supply_now(
     :param explicit: pCPUs that the VMs name themselves
     :param empty: as if no user VM held anything
     """
-    wish = CreateVm(
-        0,
-        b"",
-        pcpus=tuple(explicit),
-        reserve=tuple(service.reserve),
-        keep=tuple(service.keep_cpus),
-        keep_count=service.keep,
-    )
     with leases.lock():
         survey = leases.survey(topology.online)
-    return Hypervisor.supply_of(topology, wish, survey, empty=empty)
+    return Hypervisor.supply_of(topology, keep_wish(service, explicit), survey, empty=empty)
 
 
 def plan(topology: Topology, scenario: Scenario, supply: Supply) -> dict[str, Placement]:
@@ -121,7 +112,7 @@ class Launch:
         self.service: Running | None = None
         self.vms: list[Running] = []
         self.isolation: dict[str, Isolation] = {vm.name: reach(vm.isolation, vm.require) for vm in scenario.vms}
-        self.explicit = CpuSet.of(pcpu for vm in scenario.vms for pcpu in vm.pcpus)
+        self.explicit = scenario.explicit
 
     def start(self) -> None:
         """Boot, release, create, and let the guests run.

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .hypervisor import Vcpu, Vm
     from .topology import Topology
 
-__all__ = ["NAME", "fork_service_vm"]
+__all__ = ["NAME", "fork_service_vm", "keep_wish"]
 
 NAME = "vm0"
 _READY_WAIT_S = 30.0
@@ -49,6 +49,21 @@ def fork_service_vm(service: ServiceVm, explicit: CpuSet, topology: Topology, ca
     """
     front = os.getpid()
     return fork_beside(lambda theirs: _Keeper(service, explicit, topology, caller, theirs, front).run(), [])
+
+
+def keep_wish(service: ServiceVm, explicit: CpuSet) -> hc.CreateVm:
+    """Return a request that says only what the service VM keeps and what is not to be given out.
+
+    :param explicit: pCPUs that user VMs name themselves
+    """
+    return hc.CreateVm(
+        0,
+        b"",
+        pcpus=tuple(explicit),
+        reserve=tuple(service.reserve),
+        keep=tuple(service.keep_cpus),
+        keep_count=service.keep,
+    )
 
 
 class _Keeper:
@@ -78,13 +93,11 @@ class _Keeper:
                 self._halt()
             self.front.send({"event": "ended"})
         except HostpartError as error:
-            self.front.send(
-                {"event": "error", "exit_code": error.exit_code, "problem": str(error), "remedy": error.remedy}
-            )
+            self.front.send({"event": "error", **error.to_json()})
         except OSError as error:
             reason = worded(error)
             problem = f"the service VM could not boot: {reason}"
-            self.front.send({"event": "error", "exit_code": 1, "problem": problem, "remedy": reason.remedy})
+            self.front.send({"event": "error", **reason.to_json(), "problem": problem})
         os._exit(code)
 
     def _boot(self) -> None:
@@ -96,10 +109,7 @@ class _Keeper:
         with leases.lock():
             survey = leases.survey(self.topology.online)
             there = self.topology.usable - survey.taken
-            wish = hc.CreateVm(
-                0, b"", pcpus=tuple(self.explicit), keep=tuple(self.service.keep_cpus), keep_count=self.service.keep
-            )
-            keep = self.hypervisor.keep_of(self.topology, wish, survey)
+            keep = self.hypervisor.keep_of(self.topology, keep_wish(self.service, self.explicit), survey)
             if not keep:
                 raise DoesNotFit(
                     1,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import NoReturn
 
-__all__ = ["COMMANDS", "main", "parsers"]
+__all__ = ["COMMANDS", "columns", "main", "parsers"]
 
 # In the order of the help: look, run, manage, mend.
 COMMANDS = {
@@ -49,7 +49,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     # The help is in one language. To look for another, argparse imports locale and tries eighty names of files.
     argparse._ = str  # type: ignore[attr-defined]
     # Without a width, the formatter imports shutil, with all its compressors, to ask for it.
-    width = _columns() - 2
+    width = columns() - 2
 
     module = _module(command)
 
@@ -87,10 +87,11 @@ def _filled(text: str, width: int, indent: str) -> str:
     return textwrap.indent("\n".join(lines).rstrip(), indent)
 
 
-def _columns() -> int:
-    columns = os.environ.get("COLUMNS", "")
-    if columns.isdecimal() and int(columns) > 0:
-        return int(columns)
+def columns() -> int:
+    """Return the width of the terminal: ``COLUMNS``, else what the kernel says of stdout, else 80."""
+    asked = os.environ.get("COLUMNS", "")
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
     try:
         return os.get_terminal_size(1).columns or 80
     except OSError:

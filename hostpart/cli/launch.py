@@ -12,6 +12,7 @@ from ..device_model import Caller
 from ..errors import HostpartError, UsageError
 from ..front import Front, Interrupted, Running, exit_code, say
 from ..host import Host
+from ..isolation import LEVELS
 from ..launcher import Launch, plan, supply_now
 from ..lease import Leases
 from ..ledger import runtime_directory
@@ -48,7 +49,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "-d", "--detach", action="store_true", help="go on in the background once the guests run; output in log files"
     )
     parser.add_argument("--dry-run", action="store_true", help="show what would be done; change nothing")
-    parser.add_argument("--isolation", choices=("affinity", "sweep", "cpuset", "full"), help="instead of the file's")
+    parser.add_argument("--isolation", choices=LEVELS, help="instead of the file's")
     parser.add_argument("--require", action="store_true", help="fail rather than run at a lower level of isolation")
     parser.add_argument("--strict", action="store_true", help="exit 5 if a partition did not hold")
     parser.add_argument(
@@ -249,8 +250,7 @@ class _Teller:
 def _dry_run(args: argparse.Namespace, scenario: Scenario, topology: Topology) -> int:
     from .plan import render
 
-    explicit = CpuSet.of(pcpu for vm in scenario.vms for pcpu in vm.pcpus)
-    supply = supply_now(topology, scenario.service, explicit, Leases())
+    supply = supply_now(topology, scenario.service, scenario.explicit, Leases())
     placements = plan(topology, scenario, supply)
     render(placements, args.json, topology, supply)
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..allocator import POLICIES, SMT_MODES
+from ..config import PCPU_KINDS
 from ..cpuset import CpuSet
 
 TYPE_CHECKING = False
@@ -85,9 +86,7 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         default="exclusive",
         help="exclusive: no other VM on the cores; whole: whole cores only; shared: any thread (default: exclusive)",
     )
-    parser.add_argument(
-        "--kind", choices=("performance", "efficiency"), help="only pCPUs of this kind (hybrid machines)"
-    )
+    parser.add_argument("--kind", choices=PCPU_KINDS, help="only pCPUs of this kind (hybrid machines)")
     parser.add_argument(
         "--reserve", type=cpu_list, default=CpuSet(), metavar="LIST", help="pCPUs never given out, such as 0-1"
     )

@@ -6,12 +6,14 @@ import argparse
 import os
 
 from ..allocator import Placement, Request, Supply, place
-from ..config import load_scenario
+from ..config import ServiceVm, load_scenario
 from ..cpuset import CpuSet
 from ..errors import UsageError
 from ..host import Host
+from ..hypervisor import Hypervisor
 from ..launcher import plan, supply_now
-from ..lease import Leases
+from ..lease import Leases, Survey
+from ..service_vm import keep_wish
 from ..topology import Topology, read_topology
 from . import options
 
@@ -52,12 +54,9 @@ def run(args: argparse.Namespace) -> int:
     if args.file:
         scenario = load_scenario(args.file)
         service = scenario.service.replace(reserve=scenario.service.reserve | args.reserve)
-        explicit = CpuSet.of(pcpu for vm in scenario.vms for pcpu in vm.pcpus)
-        supply = _supply(args, topology, explicit, service)
+        supply = _supply(args, topology, scenario.explicit, service)
         placements = plan(topology, scenario, supply)
     else:
-        from ..config import ServiceVm
-
         request: Request = options.request_of(args)
         supply = _supply(args, topology, CpuSet.of(request.pcpus), ServiceVm(reserve=args.reserve))
         placements = {"vm": place(topology, supply, request)}
@@ -82,18 +81,15 @@ def _topology(source: str | None) -> Topology:
     return read_topology(Host.open(source))
 
 
-def _supply(args: argparse.Namespace, topology: Topology, explicit: CpuSet, service: object) -> Supply:
-    from ..config import ServiceVm
-
-    assert isinstance(service, ServiceVm)  # noqa: S101 - both callers make one
+def _supply(args: argparse.Namespace, topology: Topology, explicit: CpuSet, service: ServiceVm) -> Supply:
     if args.free is not None:
         # Said by the user: nothing of this is kept for the service VM unless they say so with --reserve.
         free = (args.free & topology.usable) - service.reserve
         return Supply(free, host=service.reserve & topology.usable, taken=topology.usable - args.free - service.reserve)
     if args.host is None:
         return supply_now(topology, service, explicit, Leases())
-    candidates = topology.usable - explicit or topology.usable
-    keep = service.keep_cpus or CpuSet.of(cpu for cpu, _ in zip(candidates, range(service.keep), strict=False))
+    # Another machine, of whose leases nothing is known: as if there were none.
+    keep = Hypervisor.keep_of(topology, keep_wish(service, explicit), Survey(CpuSet(), CpuSet()))
     host = keep | service.reserve
     return Supply(topology.usable - host, host=host)
 

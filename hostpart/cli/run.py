@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from ..config import Guest, ServiceVm, VmConfig, check_name, parse_sched
+from ..config import DRIFT_ANSWERS, Guest, ServiceVm, VmConfig, check_name, parse_sched
 from ..device_model import Caller
 from ..errors import HostpartError, UsageError
 from ..front import Front, Interrupted, exit_code, say
@@ -63,7 +63,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="queue for pCPUs in order of arrival; write --wait=SECONDS, for ever without a number",
     )  # fmt: skip
     parser.add_argument(
-        "--on-drift", choices=("warn", "repin", "kill"), default="warn", help="what to do if the guest leaves its pCPU"
+        "--on-drift", choices=DRIFT_ANSWERS, default="warn", help="what to do if the guest leaves its pCPU"
     )
     parser.add_argument("--user", help="run the command as this user (root only)")
     parser.add_argument("--group", help="run the command as this group (root only)")
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     except Interrupted as interrupt:
         return 128 + interrupt.number
     except HostpartError as error:
-        document["error"] = {"exit_code": error.exit_code, "problem": str(error), "remedy": error.remedy}
+        document["error"] = error.to_json()
         say(f"{error}\ntry: {error.remedy}")
         code = FAILED
     if args.evidence:

@@ -13,6 +13,7 @@ import sys
 from ..cpuset import CpuSet
 from ..host import Host
 from ..topology import read_topology
+from . import columns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
         holders = read_holders(topology.numbers)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    print(draw(topology, holders, width=_width(), colour=colour, unicode=_takes_unicode()))
+    print(draw(topology, holders, width=columns(), colour=colour, unicode=_takes_unicode()))
     return 0
 
 
@@ -303,17 +304,6 @@ def _count(number: int, noun: str) -> str:
 
 def _seen(text: str) -> int:
     return len(_STYLE.sub("", text)) if "\x1b" in text else len(text)
-
-
-def _width() -> int:
-    try:
-        return int(os.environ.get("COLUMNS", "")) or 80
-    except ValueError:
-        pass
-    try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns or 80
-    except (OSError, ValueError):  # no terminal; no descriptor at all under a test
-        return 80
 
 
 def _takes_unicode() -> bool:
