@@ -81,7 +81,8 @@ def do_life() -> dict[str, object]:
     said["pinned"] = sorted(os.sched_getaffinity(pid))
     said["before START"] = Path(f"/proc/{pid}/comm").read_text(), _state(model)
     model.vm_start()
-    assert wait_until(lambda: Path(f"/proc/{pid}/comm").read_text() == "sleep\n")
+    # Asleep, and not only of that name: until then the loader and the locale have files open.
+    assert wait_until(lambda: (stat := procfs.read_stat(pid)) is not None and (stat.comm, stat.state) == ("sleep", "S"))
     said["running"] = _state(model)
     inherited = {fd: os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
     said["inherited"] = {fd: path for fd, path in inherited.items() if int(fd) > 2}
