@@ -30,7 +30,7 @@ __all__ = [
     "read_topology",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "CpuSet": "cpuset",

@@ -46,6 +46,7 @@ __all__ = [
 GUEST_KINDS = ("command", "smp", "python")
 ISOLATION_LEVELS = LEVELS
 DRIFT_ANSWERS = ("warn", "repin", "kill")
+RELEASES = ("worker", "hotplug")  # its worker ends; the CPU goes offline and online too, as launch_uos.sh did it
 PCPU_KINDS = ("performance", "efficiency")  # of a hybrid machine, as the topology names them
 SCHED_POLICIES = ("other", "batch", "idle", "fifo", "rr")
 SERVICE_VM_NAME = "vm0"
@@ -81,7 +82,10 @@ class VmConfig(Value):
     :ivar vcpus: how many; 0 stands for ``"rest"``: what is left when every other VM has its own
     :ivar pcpus: Linux CPU numbers, vCPU i on the i-th; empty: the policy chooses
     :ivar kind: only pCPUs of this kind, one of :data:`PCPU_KINDS`; ``None``: of any
+    :ivar scope: whose tasks may be moved for that, as :func:`hostpart.isolation.scope.parse` reads it; empty: the
+        default
     :ivar require: whether a level below ``isolation`` is an error
+    :ivar mems: NUMA nodes that the guest's memory is bound to; empty: not bound
     :ivar on_drift: what to do when a vCPU leaves its pCPU, one of :data:`DRIFT_ANSWERS`
     :ivar user: name or number of the user the guest runs as; ``None``: the caller
     :ivar group: likewise, of its group
@@ -99,7 +103,9 @@ class VmConfig(Value):
     smt: str = Request.smt
     kind: str | None = None
     isolation: str = "affinity"
+    scope: str = ""
     require: bool = False
+    mems: CpuSet = CpuSet()
     on_drift: str = "warn"
     user: str | None = None
     group: str | None = None
@@ -115,11 +121,13 @@ class ServiceVm(Value):
     :ivar keep: how many pCPUs it keeps, at least one (the lowest usable, unless listed)
     :ivar keep_cpus: which ones, where listed; ``keep`` is then their number
     :ivar reserve: pCPUs that no VM is given
+    :ivar release: one of :data:`RELEASES`: how a pCPU leaves the service VM
     """
 
     keep: int = 1
     keep_cpus: CpuSet = CpuSet()
     reserve: CpuSet = CpuSet()
+    release: str = "worker"
 
 
 class Scenario(Value):
@@ -300,10 +308,11 @@ def _read_service(top: _Table) -> ServiceVm:
     table = top.table("service")
     kept = table.read("keep", _keep, 1)
     reserve = table.read("reserve", _cpu_set, CpuSet())
+    release = table.read("release", _one_of(RELEASES), ServiceVm.release)
     table.refuse_others()
     if isinstance(kept, CpuSet):
-        return ServiceVm(len(kept), kept, reserve)
-    return ServiceVm(kept, CpuSet(), reserve)
+        return ServiceVm(len(kept), kept, reserve, release)
+    return ServiceVm(kept, CpuSet(), reserve, release)
 
 
 def _read_vms(top: _Table) -> list[tuple[int, VmConfig]]:
@@ -341,6 +350,8 @@ def _read_vm(table: _Table) -> VmConfig:
         smt=table.read("smt", _one_of(SMT_MODES), VmConfig.smt),
         kind=table.read("kind", _one_of(PCPU_KINDS), VmConfig.kind),
         isolation=table.read("isolation", _one_of(ISOLATION_LEVELS), VmConfig.isolation),
+        scope=table.read("scope", _scope, VmConfig.scope),
+        mems=table.read("mems", _cpu_set, VmConfig.mems),
         require=table.read("require", _flag, VmConfig.require),
         on_drift=table.read("on_drift", _one_of(DRIFT_ANSWERS), VmConfig.on_drift),
         user=table.read("user", _text, VmConfig.user),
@@ -390,6 +401,11 @@ def _check_claims(service: ServiceVm, vms: list[tuple[int, VmConfig]], faults: _
         where = f"vm[{index}]"
         if vm.name and names.setdefault(vm.name, where) != where:
             faults.note(f"{where}.name: {vm.name!r} is {names[vm.name]}'s name already")
+        if service.release == "hotplug" and vm.isolation == "affinity":
+            faults.note(
+                f'{where}.isolation: want "sweep" or more with [service] release = "hotplug": a task that is pinned to '
+                "one CPU loses its pin for good when that CPU goes offline, so tasks must be moved first"
+            )
         for cpu in vm.pcpus:
             if owners.setdefault(cpu, f"{where}'s") != f"{where}'s":
                 faults.note(f"{where}.pcpus: pCPU {cpu} is {owners[cpu]} already")
@@ -406,6 +422,14 @@ def _text(value: object) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError(f"want text{' without NUL' if isinstance(value, str) and value else ''}, got {_shown(value)}")
     return value
+
+
+def _scope(value: object) -> str:
+    from .isolation.scope import parse
+
+    text = _text(value)
+    parse(text)
+    return text
 
 
 def _flag(value: object) -> bool:

@@ -84,6 +84,7 @@ class DeviceModel:
         self.pids: dict[int, list[Vcpu]] = {}
         self.statuses: dict[int, int] = {}
         self.leaf: Leaf | None = None
+        self.cpuset_procs: str = ""
         self.logs: list[WorkerLog] = []
         self.frozen: tree.Frozen | None = None
         self.exec_errors: dict[int, int] = {}
@@ -201,12 +202,13 @@ class DeviceModel:
             stderr_fd=self.caller.stderr_fd,
             mask=self.caller.mask,
             ignored=self.caller.ignored,
-            leaf_procs=self.leaf.procs_path if self.leaf else "",
+            enter=[path for path in (self.leaf.procs_path if self.leaf else "", self.cpuset_procs) if path],
             cwd=self.config.guest.cwd,
             ids=self._ids,
             scheduler=self._scheduler(),
             nice=self.config.nice,
             mlock=self.config.mlock,
+            mems=frozenset(self.config.mems) or None,
             log=(lambda: log.send(others)) if log else None,
         )
         pid = worker.fork(order)
@@ -480,6 +482,12 @@ def refused(config: VmConfig, vcpu_id: int, pcpu: int, stage: str, number: int) 
         return NotPermitted(
             f"the kernel refused --nice {config.nice} for {who}: {why}",
             "a value below the caller's needs root or 'ulimit -e' (nice in /etc/security/limits.conf)",
+        )
+    if stage == "mems":
+        return Failed(
+            f"the kernel refused to bind the memory of {who} to NUMA node {config.mems}: {why}",
+            "see 'cat /sys/devices/system/node/has_memory' and 'grep Mems_allowed_list /proc/self/status' for the nodes"
+            " there are; leave --mems away where it is none of them, or not x86-64 or arm64",
         )
     if stage == "mlock":
         return NotPermitted(

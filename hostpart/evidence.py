@@ -132,6 +132,7 @@ class Circumstances(Value):
     :ivar foreign: by pCPU of the VM, the pids of foreign processes that may run there only
     :ivar leftovers: how many of the guest's processes outlived its vCPUs and had to be ended
     :ivar shares_core: pCPUs of the VM whose core the service VM shares
+    :ivar breaches: when the kernel did not keep others off, a sentence each
     """
 
     lost: CpuSet = CpuSet()
@@ -140,6 +141,7 @@ class Circumstances(Value):
     foreign: Mapping[int, Sequence[int]] = {}
     leftovers: int = 0
     shares_core: CpuSet = CpuSet()
+    breaches: tuple[str, ...] = ()
 
 
 class Verdict(Value):
@@ -325,6 +327,7 @@ def verdict(
         broken.append(f"the lease on pCPU {circumstances.lost} was not held all the time")
     if circumstances.offline:
         broken.append(f"pCPU {circumstances.offline} went offline")
+    broken += circumstances.breaches
     for record in records:
         begin = record.first.allowed if record.first else None
         # A wider mask is a drift, below; a narrower one at the end is a guest that binds its threads itself (OpenMP).

@@ -234,7 +234,8 @@ class Front:
         if event == "created":
             # What a front does is the service VM's work: it stays where no guest will be.
             kept = frozenset(CpuSet.parse(message["kept"]))
-            if kept:
+            # Above level affinity it was moved with all other tasks, and will be moved back with them.
+            if kept and message["isolation"]["reached"] == "affinity":
                 os.sched_setaffinity(0, kept)
         if event == "stopped":
             self._stop_too()
@@ -255,6 +256,7 @@ class Front:
         try:
             with Ledger() as ledger:
                 recovery.recover(ledger)
+                recovery.put_back(ledger)
         except HostpartError as problem:
             say(f"{problem}\ntry: {problem.remedy}")  # the other VMs go on
         if not left:

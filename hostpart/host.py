@@ -1,4 +1,4 @@
-"""The one opener of ``/sys``, ``/proc`` and cgroup files, of this machine or of a recorded one.
+"""The one opener of ``/sys``, ``/proc`` and cgroup files, of this machine or of a recorded one, and the one writer.
 
 A recorded machine is a directory or a tarball with a ``sys`` folder (and ``proc``, where there is
 one) in it. Nothing is extracted, and no name or link leads out of it. What the files mean is
@@ -11,6 +11,8 @@ import errno
 import io
 import os
 import stat
+
+from workers import crash
 
 from .cpuset import CpuSet
 from .errors import NotPermitted, UsageError
@@ -35,11 +37,13 @@ class Host:
 
     :param root: ``"/"`` is the live machine; any other directory is a recorded tree, whose
         absolute links are relative to that root and whose links never lead out of it
+    :ivar rehearses: whether writes are listed and not made (:class:`hostpart.rehearsal.Rehearsal`)
     """
 
     def __init__(self, root: str = "/") -> None:
         self.root = root
         self.live = root == "/"
+        self.rehearses = False
         self._folders: dict[str, str] = {}
 
     @staticmethod
@@ -131,6 +135,71 @@ class Host:
         if not self.live:
             raise OSError(errno.ENOSYS, "a recorded machine runs nothing", self.root)
         return CpuSet.of(os.sched_getaffinity(pid))
+
+    # -- writing ---------------------------------------------------------------------------------------
+    #
+    # Every change of the host goes through these few, so that a rehearsal can list them and a test can die before
+    # and after each: at points "write.before" and "write.after", and at the same with the kind of the write.
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write *text* to the file *name*, in one write, as the kernel's own files want it.
+
+        :raises OSError: as the kernel says; ``EROFS`` for a recorded machine
+        """
+        if not self.live:
+            raise OSError(errno.EROFS, "a recorded machine cannot be changed", self.path(name))
+        kind = name.rpartition("/")[2]
+        self._point("before", kind)
+        fd = os.open(self.path(name), os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, text.encode("ascii"))
+        except OSError as error:
+            error.filename = self.path(name)
+            raise
+        finally:
+            os.close(fd)
+        self._point("after", kind)
+
+    def mkdir(self, name: str) -> None:
+        """Make the directory *name*.
+
+        :raises OSError: as :func:`os.mkdir` does
+        """
+        self._point("before", "mkdir")
+        os.mkdir(self.path(name))
+        self._point("after", "mkdir")
+
+    def rmdir(self, name: str) -> None:
+        """Remove the directory *name*.
+
+        :raises OSError: as :func:`os.rmdir` does
+        """
+        self._point("before", "rmdir")
+        os.rmdir(self.path(name))
+        self._point("after", "rmdir")
+
+    def set_affinity(self, tid: int, cpus: CpuSet) -> None:
+        """Let thread *tid* run on *cpus* (Linux numbers).
+
+        :raises OSError: as :func:`os.sched_setaffinity` does
+        """
+        self._point("before", "affinity")
+        os.sched_setaffinity(tid, cpus)
+        self._point("after", "affinity")
+
+    def signal(self, pid: int, number: int) -> None:
+        """Send a signal to process *pid*.
+
+        :raises OSError: as :func:`os.kill` does
+        """
+        self._point("before", "signal")
+        os.kill(pid, number)
+        self._point("after", "signal")
+
+    @staticmethod
+    def _point(when: str, kind: str) -> None:
+        crash.point(f"write.{when}")
+        crash.point(f"write.{kind}.{when}")
 
     # A recorded tree's name with its links followed. Folders are remembered: thousands of CPUs
     # have their files in few of them, and each part of a path costs a system call.

@@ -273,7 +273,9 @@ class Hypervisor:
         except DoesNotFit as refusal:
             blocks = (*refusal.blocks, *self._who_holds(survey.taken))
             raise DoesNotFit(refusal.wanted, refusal.free, blocks, refusal.fits) from None
-        row = row.replace(vcpu_num=len(placement.pcpus), idle=str(placement.idle))
+        row = row.replace(
+            vcpu_num=len(placement.pcpus), idle=str(placement.idle), pcpus=str(CpuSet.of(placement.pcpus))
+        )
         vm = Vm(-1, row, placement)
         try:
             for cpu in (*placement.pcpus, *placement.idle):

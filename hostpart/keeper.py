@@ -23,9 +23,11 @@ from .device_model import Caller, DeviceModel
 from .errors import DoesNotFit, Failed, HostpartError, worded
 from .host import Host
 from .hypervisor import Hypervisor
+from .isolation import Isolation, Wish
 from .lease import Holder, Leases, Line
 from .ledger import Ledger, VmRow, boot_id
 from .procfs import pinned_alone, start_time, threads
+from .topology import read_topology
 from .value import Value
 
 TYPE_CHECKING = False
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
     from .config import ServiceVm, VmConfig
-    from .isolation import Isolation
+    from .isolation.watch import Watch
     from .topology import Topology
 
 __all__ = ["Options", "adopt", "fork_beside", "fork_keeper", "ignore_terminal"]
@@ -60,12 +62,13 @@ _IGNORED = (
 class Options(Value):
     """How a VM is run, beside what its configuration says.
 
+    :ivar wish: how far the host is to be kept off its pCPUs
     :ivar wait_s: how long to queue for pCPUs: None not at all, ``inf`` for ever
     :ivar hold: wait for the front's word before START
     :ivar log: the file that has the guests' output, for the ledger; empty: none
     """
 
-    isolation: Isolation
+    wish: Wish = Wish()
     wait_s: float | None = None
     hold: bool = False
     log: str = ""
@@ -164,6 +167,9 @@ class Keeper:
         self._next_look = 0.0
         self._stopped: frozenset[int] = frozenset()
         self._told_stopped = False
+        self.isolation = Isolation("affinity", "affinity")
+        self._watch: Watch | None = None
+        self._cpu_us: int | None = None
 
     def run(self) -> NoReturn:
         """Run the VM's whole life and end the process."""
@@ -222,7 +228,10 @@ class Keeper:
         self.model.hypervisor.announce(row)
         self._get_pcpus()
         vm = self.model.vm
-        if leaf is not None:
+        self._isolate()
+        if self._watch is not None and self._watch.leaf is not None:
+            self.model.leaf = self._watch.leaf
+        elif leaf is not None:
             self.model.leaf = None if leaf.make() else leaf  # refused: the tree of processes has to do
         # The supervisor's own work is the service VM's: it goes where that one stays.
         os.sched_setaffinity(0, vm.kept or self.topology.usable)
@@ -237,6 +246,7 @@ class Keeper:
                 "idle": str(placement.idle),
                 "kept": str(CpuSet.of(vm.kept)),
                 "why": list(placement.why),
+                "isolation": self.isolation.to_json(),
             },
             [*vm.leases.values(), *vm.kept.values()],
         )
@@ -278,6 +288,18 @@ class Keeper:
                     f"have root end it: 'sudo kill -KILL {pids}'",
                 )
 
+    def _isolate(self) -> None:
+        if self.options.wish.level == "affinity" and not self.ledger.remembers():
+            return  # and nothing of the ladder is imported
+        from .isolation.watch import Watch
+
+        vm = self.model.vm
+        crash.point("keeper.isolating")
+        self._watch = Watch(self.ledger, self._host, vm.row, self._note)
+        self.isolation = self._watch.begin(self.options.wish)
+        self.model.cpuset_procs = self._watch.procs
+        crash.point("keeper.isolated")
+
     def _get_pcpus(self) -> None:
         try:
             self.model.vm_create()
@@ -294,6 +316,8 @@ class Keeper:
 
         def ready() -> bool:
             nonlocal last
+            # What another VM had is this process's to use again when that one has gone.
+            self.model.hypervisor.topology = read_topology(self._host)
             try:
                 self.model.vm_create()
             except DoesNotFit as refusal:
@@ -371,6 +395,9 @@ class Keeper:
         poll = self._poller(self.server.fileno())
         status_open = True
         poll.register(self.model.status_fd, select.POLLIN)
+        watched = self._watch.files() if self._watch is not None else ()
+        for fd in watched:
+            poll.register(fd, select.POLLPRI)
         self._next_look = time.monotonic() + PERIOD_S
         self._reap()
         while self.model.alive:
@@ -379,6 +406,9 @@ class Keeper:
             fds = {fd for fd, _ in poll.poll(max(0.0, deadline - now) * 1000)}
             if self._wake_r in fds:
                 os.read(self._wake_r, 4096)
+            for fd in fds.intersection(watched):
+                os.pread(fd, 4096, 0)  # read, it is silent until the next change
+                self._next_look = now
             self._reap()
             self._tell_stops()
             if self.model.status_fd in fds and status_open:
@@ -476,6 +506,8 @@ class Keeper:
         if gone_off - self._offline:
             self._note(f"pCPU {gone_off - self._offline} went offline under VM {self.config.name!r}")
         self._offline |= gone_off
+        if self._watch is not None and not self._stopping:
+            self._watch.look()
         self._look_at_foreigners({member.pid for member in members})
 
     def _look_at_foreigners(self, ours: set[int]) -> None:
@@ -563,11 +595,14 @@ class Keeper:
         model.cancel()
         self._finish_tree()
         self._tell_stops()
-        if model.vhm.vmid is not None:
-            self._final = self._document(time.time())
+        self._cpu_us = model.leaf.cpu_usage_us() if model.leaf else None
         # The row is struck out last: as long as there is something to find, it says where.
         if model.leaf is not None:
             model.leaf.remove()
+        if self._watch is not None:
+            self._watch.end()
+        if model.vhm.vmid is not None:
+            self._final = self._document(time.time())
         if self.server is not None:
             self.server.close()
         crash.point("keeper.ended")
@@ -607,7 +642,7 @@ class Keeper:
             version=__version__,
             vm=self.config.name,
             records=list(self.records.values()),
-            isolation=self.options.isolation.to_json(),
+            isolation={**self.isolation.to_json(), **(self._watch.to_json() if self._watch else {})},
             period_s=PERIOD_S,
             started_s=self.started,
             ended_s=ended_s,
@@ -618,8 +653,9 @@ class Keeper:
                 foreign=self._foreign,
                 leftovers=self._leftovers,
                 shares_core=self.model.vm.placement.shares_core,
+                breaches=tuple(self._watch.breaches) if self._watch else (),
             ),
-            cpu_us=self.model.leaf.cpu_usage_us() if self.model.leaf else None,
+            cpu_us=self._cpu_us if ended_s else self.model.leaf.cpu_usage_us() if self.model.leaf else None,
             notes=self._notes,
         )
 

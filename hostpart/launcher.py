@@ -14,7 +14,7 @@ from .errors import DoesNotFit
 from .front import Front, Interrupted
 from .host import Host
 from .hypervisor import Hypervisor
-from .isolation import Isolation, reach
+from .isolation import Wish
 from .keeper import Options
 from .lease import Leases
 from .service_vm import NAME, fork_service_vm, keep_wish
@@ -28,9 +28,50 @@ if TYPE_CHECKING:
     from .allocator import Placement, Supply
     from .config import Scenario, ServiceVm, VmConfig
     from .front import Running
+    from .isolation import Isolation
     from .topology import Topology
 
-__all__ = ["Launch", "launch", "plan", "requests_of", "supply_now"]
+__all__ = ["Launch", "in_order", "launch", "plan", "rehearse", "requests_of", "supply_now", "wish_of"]
+
+
+def wish_of(vm: VmConfig, service: ServiceVm) -> Wish:
+    """Return how far the host is to be kept off one VM's pCPUs."""
+    return Wish(vm.isolation, vm.scope, vm.require, vm.mems, service.release == "hotplug")
+
+
+def rehearse(scenario: Scenario, placements: Mapping[str, Placement]) -> tuple[list[str], dict[str, Isolation]]:
+    """Say what a launch would write on the host, as shell commands in order, and which level each VM would reach.
+
+    What the kernel or the guests would do as a consequence is not in it, nor are the VMs' own processes.
+
+    :raises NotPermitted: where a VM requires a level that is out of reach
+    """
+    from .isolation.level import at_least
+    from .isolation.reach import reach
+    from .isolation.reconcile import reconcile
+    from .ledger import Ledger, VmRow, boot_id
+    from .rehearsal import Rehearsal
+
+    host, levels = Rehearsal(), {}
+    with Ledger() as real, real.copy() as ledger:
+        for vm in in_order(scenario):
+            one = placements[vm.name]
+            pcpus, wish = CpuSet.of(one.pcpus), wish_of(vm, scenario.service)
+            isolation = levels[vm.name] = reach(wish, host, ledger, pcpus | one.idle)
+            row = VmRow(
+                0, vm.name, 0, os.urandom(16).hex(), boot_id(), "INIT", len(one.pcpus), "", 0, 0, 0, 0.0,
+                idle=str(one.idle), pcpus=str(pcpus),
+            )  # fmt: skip
+            ledger.isolate(ledger.add_vm(row), isolation.reached, isolation.scope, str(wish.mems), cycle=wish.cycle)
+            cycle = wish.cycle or at_least(isolation.reached, "full")
+            reconcile(ledger, host, cycle=pcpus | one.idle if cycle else None)
+    return host.writes, levels
+
+
+def in_order(scenario: Scenario) -> list[VmConfig]:
+    """Return the VMs in the order of their creation, that of :func:`hostpart.allocator.place_all`: explicit lists, then
+    counts, then the one that takes the rest."""
+    return sorted(scenario.vms, key=lambda vm: (not vm.pcpus, not vm.pcpus and not vm.vcpus))
 
 
 def requests_of(scenario: Scenario) -> dict[str, Request]:
@@ -111,7 +152,6 @@ class Launch:
         self.log = log or {}
         self.service: Running | None = None
         self.vms: list[Running] = []
-        self.isolation: dict[str, Isolation] = {vm.name: reach(vm.isolation, vm.require) for vm in scenario.vms}
         self.explicit = scenario.explicit
 
     def start(self) -> None:
@@ -126,8 +166,8 @@ class Launch:
         front.wait(lambda: booted.has("booted"))
         kept = CpuSet.parse(booted.said["booted"]["kept"])
         self._release(booted, CpuSet.of(cpu for one in planned.values() for cpu in (*one.pcpus, *one.idle)))
-        for vm in self._in_order():
-            options = Options(self.isolation[vm.name], self.wait_s, hold=True, log=self.log.get(vm.name, ""))
+        for vm in in_order(self.scenario):
+            options = Options(wish_of(vm, service), self.wait_s, hold=True, log=self.log.get(vm.name, ""))
             front.caller = self.callers[vm.name]
             keeper = front.start(vm, service.replace(keep=len(kept), keep_cpus=kept), options)
             self.vms.append(keeper)
@@ -163,10 +203,6 @@ class Launch:
             service.said.pop("released", None)
             service.channel.send({"do": "release", "pcpus": str(pcpus)})
             self.front.wait(lambda: service.has("released"))
-
-    def _in_order(self) -> list[VmConfig]:
-        # As the allocator's place_all: explicit lists, then counts, then the one that takes the rest.
-        return sorted(self.scenario.vms, key=lambda vm: (not vm.pcpus, not vm.pcpus and not vm.vcpus))
 
 
 def launch(scenario: Scenario, *, wait_s: float | None = None) -> dict[str, dict[str, Any]]:

@@ -1,8 +1,8 @@
 """What cannot be a lock: VMs and vCPUs by name, pid and start time, and their states, in SQLite.
 
 One ledger per user, in a runtime directory that only that user can enter. It holds no truth about who may
-use a pCPU (the leases do); it says what to look for when a hostpart process was killed. Host settings'
-baselines have their table here too.
+use a pCPU (the leases do); it says what to look for when a hostpart process was killed. What host settings
+were before hostpart touched them is here too, committed before the first write.
 """
 
 from __future__ import annotations
@@ -13,15 +13,29 @@ import errno
 import os
 import stat
 
+from workers import crash
+
+from .cpuset import CpuSet
 from .errors import HostpartError
 from .value import Value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
     from types import TracebackType
     from typing import Any
 
-__all__ = ["Ledger", "LedgerUnusable", "NameTaken", "VcpuRow", "VmRow", "boot_id", "runtime_directory"]
+__all__ = [
+    "Holding",
+    "Known",
+    "Ledger",
+    "LedgerUnusable",
+    "NameTaken",
+    "VcpuRow",
+    "VmRow",
+    "boot_id",
+    "runtime_directory",
+]
 
 # A newer hostpart brings an older ledger up, a step at a time; user_version counts the steps taken.
 _STEPS = (
@@ -42,6 +56,13 @@ _STEPS = (
     ALTER TABLE vm ADD COLUMN leaf TEXT NOT NULL DEFAULT '';
     ALTER TABLE vm ADD COLUMN log TEXT NOT NULL DEFAULT '';
     CREATE TABLE baseline (setting TEXT PRIMARY KEY, boot_id TEXT NOT NULL, value TEXT NOT NULL, ours TEXT NOT NULL);
+    """,
+    """
+    ALTER TABLE vm ADD COLUMN pcpus TEXT NOT NULL DEFAULT '';
+    ALTER TABLE vm ADD COLUMN level TEXT NOT NULL DEFAULT 'affinity';
+    ALTER TABLE vm ADD COLUMN scope TEXT NOT NULL DEFAULT '';
+    ALTER TABLE vm ADD COLUMN mems TEXT NOT NULL DEFAULT '';
+    ALTER TABLE vm ADD COLUMN cycle INTEGER NOT NULL DEFAULT 0;
     """,
 )
 _BUSY_MS = 5000
@@ -94,6 +115,11 @@ class VmRow(Value):
     :ivar idle: pCPUs leased to stay idle, in list form
     :ivar leaf: its cgroup's directory, or empty
     :ivar log: where its output goes, or empty
+    :ivar pcpus: those that its vCPUs are placed on, in list form
+    :ivar level: how far the host is to be kept off them and the idle ones (:data:`hostpart.isolation.LEVELS`)
+    :ivar scope: whose tasks are moved for that
+    :ivar mems: NUMA nodes that its memory is bound to, in list form; empty: not bound
+    :ivar cycle: whether its pCPUs are taken offline and online once before it starts
     """
 
     id: int
@@ -111,6 +137,42 @@ class VmRow(Value):
     idle: str = ""
     leaf: str = ""
     log: str = ""
+    pcpus: str = ""
+    level: str = "affinity"
+    scope: str = ""
+    mems: str = ""
+    cycle: int = 0
+
+
+class Holding(Value):
+    """What one user VM has taken from the host, as far as isolation is concerned; fields as in :class:`VmRow`."""
+
+    token: str
+    keeper_pid: int
+    front_pid: int
+    level: str
+    scope: str
+    pcpus: CpuSet
+    idle: CpuSet
+    mems: CpuSet
+    cycle: bool
+
+    @property
+    def released(self) -> CpuSet:
+        """All pCPUs (Linux numbers) that the host is to be kept off: the vCPUs' and the idle siblings."""
+        return self.pcpus | self.idle
+
+
+class Known(Value):
+    """What the ledger remembers of one host setting.
+
+    :ivar baseline: its value before hostpart first touched it
+    :ivar ours: the values that hostpart's own hand may have left: what stood before its last write, and after it;
+        none where it was recorded and never written
+    """
+
+    baseline: str
+    ours: tuple[str, ...] = ()
 
 
 class VcpuRow(Value):
@@ -315,6 +377,76 @@ class Ledger:
         """Return the pCPUs that user VMs' vCPUs are bound to."""
         with self._worded():
             return [pcpu for (pcpu,) in self._db.execute("SELECT pcpu FROM vcpu WHERE service = 0")]
+
+    # -- isolation -------------------------------------------------------------------------------------
+
+    def isolate(self, vm: int, level: str, scope: str = "", mems: str = "", *, cycle: bool = False) -> None:
+        """Say how far the host is to be kept off a VM's pCPUs from now on; ``affinity`` ends it."""
+        self._run(
+            "UPDATE vm SET level = ?, scope = ?, mems = ?, cycle = ? WHERE id = ?", level, scope, mems, int(cycle), vm
+        )
+
+    def holdings(self) -> list[Holding]:
+        """Return what user VMs of this boot hold above level ``affinity``, oldest first, dead keepers' included."""
+        sql = (
+            "SELECT token, keeper_pid, front_pid, level, scope, pcpus, idle, mems, cycle FROM vm"
+            " WHERE service = 0 AND level != 'affinity' AND boot_id = ? ORDER BY id"
+        )
+        with self._worded():
+            return [
+                Holding(
+                    token,
+                    keeper,
+                    front,
+                    level,
+                    scope,
+                    CpuSet.parse(pcpus),
+                    CpuSet.parse(idle),
+                    CpuSet.parse(mems),
+                    bool(cycle),
+                )
+                for token, keeper, front, level, scope, pcpus, idle, mems, cycle in self._db.execute(sql, (boot_id(),))
+            ]
+
+    def known(self) -> dict[str, Known]:
+        """Return what is remembered of host settings, by key; what was of another boot is forgotten."""
+        with self._worded():
+            self._db.execute("DELETE FROM baseline WHERE boot_id != ?", (boot_id(),))
+            rows = self._db.execute("SELECT setting, value, ours FROM baseline ORDER BY rowid")
+            return {key: Known(value, tuple(ours.split("\n")) if ours else ()) for key, value, ours in rows}
+
+    def remembers(self) -> bool:
+        """Whether anything is remembered of host settings."""
+        with self._worded():
+            return self._db.execute("SELECT 1 FROM baseline LIMIT 1").fetchone() is not None
+
+    def remember(self, known: Mapping[str, Known]) -> None:
+        """Enter or replace settings, all in one transaction."""
+        boot = boot_id()
+        with self._worded(), _Transaction(self._db):
+            crash.point("ledger.remember.before")
+            self._db.executemany(
+                "INSERT INTO baseline VALUES (?1, ?2, ?3, ?4)"
+                " ON CONFLICT (setting) DO UPDATE SET boot_id = ?2, value = ?3, ours = ?4",
+                [(key, boot, one.baseline, "\n".join(one.ours)) for key, one in known.items()],
+            )
+        crash.point("ledger.remember.after")
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Strike settings out, all in one transaction."""
+        with self._worded(), _Transaction(self._db):
+            crash.point("ledger.forget.before")
+            self._db.executemany("DELETE FROM baseline WHERE setting = ?", [(key,) for key in keys])
+        crash.point("ledger.forget.after")
+
+    def copy(self) -> Ledger:
+        """Return a copy in memory, for a rehearsal."""
+        other = Ledger.__new__(Ledger)
+        other.directory, other.path = self.directory, ":memory:"
+        with self._worded():
+            other._db = sqlite3.connect(":memory:", isolation_level=None)
+            self._db.backup(other._db)
+        return other
 
     def _run(self, sql: str, *values: Any) -> None:
         with self._worded():

@@ -20,9 +20,10 @@ from .value import Value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from .isolation.reconcile import Report
     from .ledger import Ledger, VmRow
 
-__all__ = ["Recovered", "dirty", "recover"]
+__all__ = ["Recovered", "dirty", "put_back", "recover"]
 
 
 _PATIENCE_S = 5.0
@@ -61,6 +62,23 @@ def recover(ledger: Ledger, *, only: str | None = None) -> list[Recovered]:
     :param only: the token of the one VM to look at; all without it
     """
     return [_recover(ledger, row) for row in dirty(ledger) if only in (None, row.token)]
+
+
+def put_back(ledger: Ledger) -> Report | None:
+    """Bring the host to what the VMs that are left in the ledger hold, where anything of it was changed.
+
+    Call it without the allocator's lock: a sweep of all tasks may take longer than others should wait for that.
+
+    :raises HostpartError: where the host cannot be put back now; the ledger still knows how
+    """
+    if not ledger.remembers():
+        return None
+    from .isolation.reconcile import reconcile, worded
+
+    try:
+        return reconcile(ledger)
+    except OSError as error:
+        raise worded(error) from error
 
 
 def _recover(ledger: Ledger, row: VmRow) -> Recovered:

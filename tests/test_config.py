@@ -456,7 +456,7 @@ def test_the_example_of_every_key_has_every_key_and_the_defaults() -> None:
     # What an unknown key is told are all the keys there are; those that are comments count as there.
     unknown = faults("xyzzy = 1\n[[vm]]\nxyzzy = 1")
     (known,) = (fault.partition("; there are ")[2].split(", ") for fault in unknown if fault.startswith("vm[0].xyzzy"))
-    assert set(re.findall(r"^#?([a-z_]+) = ", text, re.MULTILINE)) == {*known, "keep", "reserve"}
+    assert set(re.findall(r"^#?([a-z_]+) = ", text, re.MULTILINE)) == {*known, "keep", "release", "reserve"}
 
 
 def test_the_values_that_every_key_shows_as_comments_are_valid() -> None:

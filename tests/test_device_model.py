@@ -270,6 +270,7 @@ REFUSALS = {
     "sched": (errno.EPERM, NotPermitted, "refused --sched fifo:50"),
     "nice": (errno.EACCES, NotPermitted, "refused --nice -5"),
     "mlock": (errno.ENOMEM, NotPermitted, "refused to lock the memory"),
+    "mems": (errno.EINVAL, Failed, "refused to bind the memory of vCPU 2 of VM 'rt' to NUMA node 1"),
     "user": (errno.EPERM, NotPermitted, "cannot become user"),
     "cwd": (errno.ENOENT, UsageError, "cannot start in None: No such file or directory (ENOENT)"),
 }
@@ -278,7 +279,7 @@ REFUSALS = {
 @pytest.mark.parametrize("stage", STAGES)
 def test_whatever_the_kernel_refuses_a_worker_is_worded_with_vcpu_vm_errno_and_a_remedy(stage: str) -> None:
     number, kind, text = REFUSALS.get(stage, (errno.EIO, Failed, f"failed at {stage!r}"))
-    error = refused(config(sched="fifo", priority=50, nice=-5), 2, 5, stage, number)
+    error = refused(config(sched="fifo", priority=50, nice=-5, mems=CpuSet.of([1])), 2, 5, stage, number)
     assert type(error) is kind
     assert text in str(error)
     assert "vCPU 2 of VM 'rt'" in str(error)

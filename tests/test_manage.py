@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import signal
 import subprocess
 import time
@@ -242,8 +243,9 @@ def test_another_users_vm_is_not_listed_by_name_and_cannot_be_managed(place: Pla
     assert listed["vms"] == []
     assert [held["uid"] for held in listed["others"]] == [65534]
     shown = place.run("ps").stdout
-    assert "65534" in shown
+    assert pwd.getpwuid(65534).pw_name in shown
     assert "box" not in shown
+    assert "sleep" not in shown
     done = place.run("stop", "box")
     assert done.returncode == 2
     place.env["HOSTPART_RUNTIME_DIR"] = str(nobodys_place.runtime)
@@ -358,7 +360,8 @@ def test_restore_strikes_out_what_a_killed_hostpart_left_and_dry_run_does_not(
     shown = place.run("ps").stdout
     assert "hostpart restore" in shown
     looked = json.loads(place.run("restore", "--dry-run", "--json").stdout)
-    assert looked == {"schema": 1, "dry_run": True, "vms": [{"vm": "box", "pcpus": [vm["vcpus"][0]["pcpu"]]}]}
+    assert looked["vms"] == [{"vm": "box", "pcpus": [vm["vcpus"][0]["pcpu"]]}]
+    assert (looked["schema"], looked["dry_run"], looked["writes"]) == (1, True, [])
     with Ledger(str(place.runtime)) as ledger:
         assert [row.name for row in ledger.vms()] == ["box"]
     done = place.run("restore")

@@ -315,13 +315,12 @@ from hostpart.device_model import Caller
 from hostpart.errors import HostpartError
 from hostpart.front import Front
 from hostpart.host import Host
-from hostpart.isolation import reach
 from hostpart.keeper import Options
 from hostpart.topology import read_topology
 
 front = Front(read_topology(Host()), Caller(), stop_on_interrupt=True)
 guest = Guest("command", ("sh", "-c", "until test -e %s; do sleep 0.05; done" % sys.argv[1]))
-options = Options(reach("affinity", False))
+options = Options()
 keepers = [front.start(VmConfig(name, guest, vcpus=1), ServiceVm(keep=0), options) for name in ("one", "two")]
 front.wait(lambda: all(keeper.has("ready") for keeper in keepers))
 front.running()

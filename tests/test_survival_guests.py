@@ -365,14 +365,13 @@ from hostpart.config import Guest, ServiceVm, VmConfig
 from hostpart.device_model import Caller
 from hostpart.front import Front
 from hostpart.host import Host
-from hostpart.isolation import reach
 from hostpart.keeper import Options
 from hostpart.topology import read_topology
 
 enable(1)
 front = Front(read_topology(Host()), Caller(), stop_on_interrupt=True)
 config = VmConfig("vm", Guest("python", target="loggers:main"), vcpus=2)
-keeper = front.start(config, ServiceVm(keep=0), Options(reach("affinity", False)))
+keeper = front.start(config, ServiceVm(keep=0), Options())
 front.wait(lambda: keeper.has("ready"))
 front.running()
 front.wait(lambda: keeper.over)

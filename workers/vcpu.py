@@ -14,6 +14,7 @@ from __future__ import annotations
 
 # What ctypes wraps: the wrapper's classes, one for each type of C, take as long to make as a process.
 import _ctypes
+import errno
 import os
 import signal
 import sys
@@ -39,12 +40,15 @@ __all__ = [
 ]
 
 NOT_STARTED, NOT_EXECUTABLE, NOT_FOUND = 125, 126, 127  # exit statuses, as env(1) and timeout(1) have them
-STAGES = ("parent", "cgroup", "pin", "sched", "nice", "mlock", "user", "cwd", "lease")
+STAGES = ("parent", "cgroup", "pin", "mems", "sched", "nice", "mlock", "user", "cwd", "lease")
 
 _ALL = signal.valid_signals()
 _LEASE_FD = 200  # out of the way of the descriptors that shells use by number
 _PR_SET_PDEATHSIG = 1
 _MCL_CURRENT, _MCL_FUTURE = 1, 2
+# Source: arch/x86/entry/syscalls/syscall_64.tbl; include/uapi/asm-generic/unistd.h.
+_SET_MEMPOLICY = {"x86_64": 238, "aarch64": 237}
+_MPOL_BIND = 2
 
 
 class Order:
@@ -63,8 +67,9 @@ class Order:
     :ivar stdin_fd: what to put at descriptor 0, or None to keep what is there; so for *stdout_fd*, *stderr_fd*
     :ivar mask: signals blocked in the guest
     :ivar ignored: signals ignored in the guest; all others have their default action
-    :ivar leaf_procs: ``cgroup.procs`` to enter, or empty
+    :ivar enter: the ``cgroup.procs`` of the cgroups to enter
     :ivar ids: uid, gid and supplementary groups to become, or None
+    :ivar mems: the NUMA nodes that the guest's memory comes from, or None for any
     :ivar scheduler: policy number and priority for sched_setscheduler(2), or None
     :ivar log: called in the worker before anything else, gives the function to call before exec; or None
     """
@@ -72,14 +77,15 @@ class Order:
     __slots__ = (
         "close_fds",
         "cwd",
+        "enter",
         "environ",
         "guest",
         "ids",
         "ignored",
-        "leaf_procs",
         "lease_fds",
         "log",
         "mask",
+        "mems",
         "mlock",
         "nice",
         "pcpus",
@@ -112,19 +118,21 @@ class Order:
         stderr_fd: int | None = None,
         mask: frozenset[int] = frozenset(),
         ignored: frozenset[int] = frozenset(),
-        leaf_procs: str = "",
+        enter: Sequence[str] = (),
         cwd: str | None = None,
         ids: tuple[int, int, Sequence[int]] | None = None,
         scheduler: tuple[int, int] | None = None,
         nice: int | None = None,
         mlock: bool = False,
+        mems: frozenset[int] | None = None,
         log: Callable[[], Callable[[], None]] | None = None,
     ) -> None:
         self.vm, self.vcpu, self.pcpus, self.guest, self.environ = vm, vcpu, pcpus, guest, environ
         self.status_fd, self.start_fd, self.lease_fds, self.close_fds = status_fd, start_fd, lease_fds, close_fds
         self.pgrp, self.stdin_fd, self.stdout_fd, self.stderr_fd = pgrp, stdin_fd, stdout_fd, stderr_fd
-        self.mask, self.ignored, self.leaf_procs, self.cwd = mask, ignored, leaf_procs, cwd
+        self.mask, self.ignored, self.enter, self.cwd = mask, ignored, enter, cwd
         self.ids, self.scheduler, self.nice, self.mlock, self.log = ids, scheduler, nice, mlock, log
+        self.mems = mems
 
     def tell(self, *words: object) -> None:
         """Write one line to the keeper; nobody may be there to read it any more."""
@@ -157,8 +165,9 @@ class _Function(_ctypes.CFuncPtr):
 _LIBC = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]
 
 
-def _libc(name: str, *arguments: int) -> int:
-    # Call a function of the C library that takes integers and returns one, -1 with an errno where it fails.
+def _libc(name: str, *arguments: int | bytes) -> int:
+    # Call a function of the C library that takes C ints and addresses of bytes, and returns an int: -1 with an errno
+    # where it fails.
     result: int = _Function(_ctypes.dlsym(_LIBC, name))(*arguments)
     if result == -1:
         raise OSError(_ctypes.get_errno(), os.strerror(_ctypes.get_errno()))
@@ -219,8 +228,8 @@ def _work(order: Order, keeper: int) -> None:
             os.close(fd)
         flush = order.log() if order.log else None
         stage = "cgroup"
-        if order.leaf_procs:
-            fd = os.open(order.leaf_procs, os.O_WRONLY | os.O_CLOEXEC)
+        for path in order.enter:
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
             os.write(fd, b"0")
             os.close(fd)
         stage = "pin"
@@ -231,6 +240,9 @@ def _work(order: Order, keeper: int) -> None:
         processor = _libc("sched_getcpu")
         if processor not in order.pcpus:
             raise OSError(22, f"it runs on pCPU {processor}")
+        stage = "mems"
+        if order.mems is not None:
+            _bind_memory(order.mems)
         stage = "nice"
         if order.nice is not None:
             os.setpriority(os.PRIO_PROCESS, 0, order.nice)
@@ -288,6 +300,18 @@ def _run_logged(order: Order, flush: Callable[[], None]) -> None:
 
 def _lock_memory() -> None:
     _libc("mlockall", _MCL_CURRENT | _MCL_FUTURE)
+
+
+# From now on all memory of this thread, of what it forks and of what it executes comes from *nodes*. What it shares
+# with its keeper since the fork stays where it is until one of the two writes to it.
+# Source: set_mempolicy(2), which no C library has: libnuma does.
+def _bind_memory(nodes: frozenset[int]) -> None:
+    number = _SET_MEMPOLICY.get(os.uname().machine)
+    if number is None or sys.maxsize < 1 << 32:  # a 32-bit program of a 64-bit kernel has other numbers
+        raise OSError(errno.ENOSYS, "the system call's number is not known")
+    size = max(nodes, default=0) // 64 + 1
+    mask = sum(1 << node for node in nodes).to_bytes(8 * size, sys.byteorder)
+    _libc("syscall", number, _MPOL_BIND, mask, 64 * size + 1)
 
 
 def dispositions() -> tuple[frozenset[int], frozenset[int]]:

@@ -21,13 +21,15 @@ COMMANDS = {
     "plan": "show which pCPUs each VM would get; change nothing",
     "run": "run a command on pCPUs of its own",
     "launch": "boot the service VM and launch the user VMs of a scenario file",
+    "attach": "put running processes on pCPUs of their own for a while",
     "ps": "list the VMs and who holds which pCPU",
-    "show": "show one VM: where its vCPUs are and what the kernel says of them",
+    "show": "show one VM: where its vCPUs are, and what the kernel says",
     "pause": "stop every process of a VM until it is resumed",
     "resume": "let a paused VM run again",
     "stop": "end a VM and free its pCPUs",
     "audit": "check from outside that every VM is where it should be",
-    "restore": "free what killed hostpart processes left behind",
+    "restore": "end what killed hostpart left behind; put the host back",
+    "systemd-unit": "print the unit that launches a scenario at boot",
     "completion": "print a shell's completion script",
 }
 _EXITS = (
@@ -38,7 +40,7 @@ _EXITS = (
 
 def _module(command: str) -> ModuleType:
     # importlib's function of that purpose would be the one thing here that needs importlib.
-    return __import__(f"{__name__}.{command}", fromlist=["run"])
+    return __import__(f"{__name__}.{command.replace('-', '_')}", fromlist=["run"])
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

@@ -13,12 +13,13 @@ from ..errors import HostpartError, UsageError
 from ..front import Front, Interrupted, Running, exit_code, say
 from ..host import Host
 from ..isolation import LEVELS
-from ..launcher import Launch, plan, supply_now
+from ..launcher import Launch, plan, rehearse, supply_now, wish_of
 from ..lease import Leases
 from ..ledger import runtime_directory
+from ..systemd import notify
 from ..topology import Topology, read_topology
 from . import options
-from .run import refuse_nested, warn_of_throttling
+from .run import check_wish, level_text, refuse_nested, warn_of_throttling
 from .table import colour_wanted, table
 
 TYPE_CHECKING = False
@@ -48,8 +49,16 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-d", "--detach", action="store_true", help="go on in the background once the guests run; output in log files"
     )
-    parser.add_argument("--dry-run", action="store_true", help="show what would be done; change nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show the placement and every write to the host; change nothing"
+    )
     parser.add_argument("--isolation", choices=LEVELS, help="instead of the file's")
+    parser.add_argument(
+        "--scope",
+        type=options.scope,
+        metavar="SCOPE",
+        help="whose tasks may be moved, instead of the file's: host, user, tree:PID, cgroup:PATH",
+    )
     parser.add_argument("--require", action="store_true", help="fail rather than run at a lower level of isolation")
     parser.add_argument("--strict", action="store_true", help="exit 5 if a partition did not hold")
     parser.add_argument(
@@ -69,6 +78,13 @@ def run(args: argparse.Namespace) -> int:
     """Launch the scenario."""
     scenario = _scenario(args)
     refuse_nested()
+    for vm in scenario.vms:
+        if vm.isolation == "affinity" and scenario.service.release == "hotplug":
+            raise UsageError(
+                f"VM {vm.name!r} has isolation 'affinity', and with release = \"hotplug\" tasks must be moved first",
+                "hostpart launch --isolation sweep ..., or more",
+            )
+        check_wish(wish_of(vm, scenario.service))
     topology = read_topology(Host(), madt=True)
     if args.dry_run:
         return _dry_run(args, scenario, topology)
@@ -95,6 +111,8 @@ def _scenario(args: argparse.Namespace) -> Scenario:
     changes: dict[str, Any] = {}
     if args.isolation:
         changes["isolation"] = args.isolation
+    if args.scope:
+        changes["scope"] = args.scope
     if args.require:
         changes["require"] = True
     return scenario.replace(vms=tuple(vm.replace(**changes) for vm in scenario.vms)) if changes else scenario
@@ -122,10 +140,12 @@ def _launch(
     try:
         launch.start()
         teller.started()
+        notify(f"READY=1\nSTATUS=guests run: {', '.join(vm.name for vm in scenario.vms)}")
         launch.wait()
     except Interrupted as interrupt:
         return 128 + interrupt.number
     finally:
+        notify("STOPPING=1")
         launch.end()
     return _outcome(args, launch, front.stopped_by)
 
@@ -175,6 +195,7 @@ class _Teller:
         self.colour = colour_wanted(sys.stdout)
         self.ready: list[dict[str, Any]] = []
         self.documents: list[dict[str, Any]] = []
+        self.levels: dict[str, dict[str, Any]] = {}
 
     def hear(self, keeper: Running, message: dict[str, Any]) -> None:
         event = message["event"]
@@ -188,9 +209,8 @@ class _Teller:
             self._booted(message)
         elif event == "released":
             self._released(message)
-        elif event == "created" and not self.json:
-            idle = f", pCPU {message['idle']} idle beside it" if message["idle"] else ""
-            self._print(f"user VM {keeper.name!r} created on pCPU {CpuSet.of(message['pcpus'])}{idle}")
+        elif event == "created":
+            self._created(keeper, message)
         elif event == "ready":
             self.ready.append(message)
         elif event == "ended" and "evidence" in message:
@@ -202,6 +222,8 @@ class _Teller:
 
     def started(self) -> None:
         """Say where the guests are; they run."""
+        for text in self.level_texts():
+            say(text)
         if self.json:
             for event in self.ready_events():
                 self._print_json(event)
@@ -220,6 +242,13 @@ class _Teller:
         astray = [vcpu for vcpu in message["vcpus"] if vcpu["ran_on"] != vcpu["pcpu"]]
         self._print(f"each vCPU read its pin back and ran there: {'no' if astray else 'yes'}")
 
+    def _created(self, keeper: Running, message: dict[str, Any]) -> None:
+        self.levels[keeper.name] = message["isolation"]
+        if self.json:
+            return
+        idle = f", pCPU {message['idle']} idle beside it" if message["idle"] else ""
+        self._print(f"user VM {keeper.name!r} created on pCPU {CpuSet.of(message['pcpus'])}{idle}")
+
     def _released(self, message: dict[str, Any]) -> None:
         if not message["pcpus"]:
             return  # all of it had been released with an earlier VM's
@@ -235,8 +264,16 @@ class _Teller:
         for document in sorted(self.documents, key=lambda document: in_file.index(document["vm"])):
             self._print("\n" + summary(document, colour=self.colour))
 
+    def level_texts(self) -> list[str]:
+        """Return what there is to say of the levels that were reached."""
+        texts = (level_text(isolation, name) for name, isolation in self.levels.items())
+        return [text for text in texts if text]
+
     def ready_events(self) -> list[dict[str, Any]]:
-        return [{"event": "ready", "vm": m["vm"], "vcpus": m["vcpus"]} for m in self.ready]
+        return [
+            {"event": "ready", "vm": m["vm"], "vcpus": m["vcpus"], "isolation": self.levels[m["vm"]]}
+            for m in self.ready
+        ]
 
     def _print_json(self, event: dict[str, Any]) -> None:
         import json
@@ -252,7 +289,13 @@ def _dry_run(args: argparse.Namespace, scenario: Scenario, topology: Topology) -
 
     supply = supply_now(topology, scenario.service, scenario.explicit, Leases())
     placements = plan(topology, scenario, supply)
-    render(placements, args.json, topology, supply)
+    writes: list[str] | None = None
+    if any(vm.isolation != "affinity" for vm in scenario.vms):
+        writes, levels = rehearse(scenario, placements)
+        for name, isolation in levels.items():
+            if text := level_text(isolation.to_json(), name):
+                say(text)
+    render(placements, args.json, topology, supply, writes)
     return 0
 
 
@@ -342,7 +385,9 @@ class _Detached(_Teller):
             rows = [
                 [m["vm"], v["vcpu"], v["pcpu"], v["pid"], self.logs[m["vm"]]] for m in self.ready for v in m["vcpus"]
             ]
-            text = table(["VM", "vCPU", "pCPU", "pid", "output"], rows, colour=False) + "\n"
+            text = "\n".join(
+                [*self.level_texts(), table(["VM", "vCPU", "pCPU", "pid", "output"], rows, colour=False), ""]
+            )
         self._tell(b"0" + text.encode())
 
     def failed(self, error: HostpartError) -> bool:

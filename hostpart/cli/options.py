@@ -44,11 +44,13 @@ def explicit_list(text: str) -> tuple[int, ...]:
 
 def scope(text: str) -> str:
     """Check whose tasks may be moved: ``host``, ``user``, ``tree:PID`` or ``cgroup:PATH``."""
-    kind, _, what = text.partition(":")
-    named = kind == "tree" and what.isascii() and what.isdigit()
-    if text in ("host", "user") or named or (kind == "cgroup" and what.startswith("/")):
-        return text
-    raise argparse.ArgumentTypeError(f"want host, user, tree:PID or cgroup:/PATH, got {text!r}")
+    from ..isolation.scope import parse
+
+    try:
+        parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def seconds(text: str) -> float:

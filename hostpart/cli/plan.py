@@ -94,8 +94,14 @@ def _supply(args: argparse.Namespace, topology: Topology, explicit: CpuSet, serv
     return Supply(topology.usable - host, host=host)
 
 
-def render(placements: dict[str, Placement], as_json: bool, topology: Topology, supply: Supply) -> None:
-    """Print placements, as a table or as JSON."""
+def render(
+    placements: dict[str, Placement],
+    as_json: bool,
+    topology: Topology,
+    supply: Supply,
+    writes: list[str] | None = None,
+) -> None:
+    """Print placements, as a table or as JSON, and what would be written on the host, where that was asked."""
     cpus = CpuSet.of(pcpu for one in placements.values() for pcpu in one.pcpus)
     idle = CpuSet.of(cpu for one in placements.values() for cpu in one.idle)
     rows = [(name, vcpu, pcpu) for name, one in placements.items() for vcpu, pcpu in enumerate(one.pcpus)]
@@ -107,8 +113,11 @@ def render(placements: dict[str, Placement], as_json: bool, topology: Topology, 
     if as_json:
         import json
 
+        more = {} if writes is None else {"writes": writes}
         placement = [{"vm": name, "vcpu": vcpu, "pcpu": pcpu} for name, vcpu, pcpu in rows]
-        print(json.dumps({"schema": 1, "placement": placement, "cpus": str(cpus), "idle": str(idle), "why": why}))
+        print(
+            json.dumps({"schema": 1, "placement": placement, "cpus": str(cpus), "idle": str(idle), "why": why, **more})
+        )
         return
     import sys
 
@@ -121,6 +130,10 @@ def render(placements: dict[str, Placement], as_json: bool, topology: Topology, 
         print(f"idle        pCPU {idle}")
     for sentence in why:
         print(f"  {sentence}")
+    if writes is not None:
+        print(f"\nwould change the host with {len(writes)} writes" + (":" if writes else ""))
+        for line in writes:
+            print(f"  {line}")
 
 
 def _seat(topology: Topology, cpu: int) -> tuple[int | None, ...]:

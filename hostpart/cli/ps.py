@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from ..census import census, leases_of_others
+from ..cpuset import CpuSet
 from .table import colour_wanted, table
 
 __all__ = ["add", "run"]
@@ -57,6 +58,20 @@ def run(args: argparse.Namespace) -> int:
     if any(vm.state == "dirty" for vm in vms):
         print("\na dirty VM's hostpart was killed: 'hostpart restore' ends what is left of it")
     if others:
-        cells = [[cpu, holder.pid, holder.uid] for cpu, holder in others]
-        print("\nheld by others\n" + table(["pCPU", "pid", "uid"], cells, colour=colour))
+        owned: dict[int | None, list[int]] = {}
+        for cpu, holder in others:
+            owned.setdefault(holder.uid, []).append(cpu)
+        cells = [[_owner(uid), str(CpuSet.of(cpus))] for uid, cpus in owned.items()]
+        print("\nheld by others\n" + table(["owner", "pCPU"], cells, colour=colour))
     return 0
+
+
+def _owner(uid: int | None) -> str:
+    if uid is None:
+        return "another user"
+    import pwd
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"

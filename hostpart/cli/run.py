@@ -7,22 +7,24 @@ import os
 import sys
 
 from ..config import DRIFT_ANSWERS, Guest, ServiceVm, VmConfig, check_name, parse_sched
+from ..cpuset import CpuSet
 from ..device_model import Caller
 from ..errors import HostpartError, UsageError
 from ..front import Front, Interrupted, exit_code, say
 from ..host import Host
-from ..isolation import LEVELS, reach
+from ..isolation import LEVELS, Wish
 from ..keeper import Options
 from ..topology import read_topology
 from . import options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any
 
     from ..front import Running
 
-__all__ = ["FAILED", "add", "refuse_nested", "run", "warn_of_throttling"]
+__all__ = ["FAILED", "add", "check_wish", "level_text", "refuse_nested", "run", "warn_of_throttling"]
 
 FAILED = 125  # hostpart itself failed, as with env(1) and timeout(1)
 
@@ -71,6 +73,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--sched", default="other", metavar="POLICY[:PRIO]", help="other, batch, idle, fifo:1-99 or rr:1-99"
     )
     parser.add_argument("--nice", type=int, metavar="N", help="-20 to 19")
+    parser.add_argument(
+        "--mems", type=options.cpu_list, default=CpuSet(), metavar="LIST", help="bind its memory to these NUMA nodes"
+    )
     parser.add_argument("--mlock", action="store_true", help="lock the guest's memory in RAM")
     parser.add_argument("--evidence", metavar="FILE", help="write what the kernel said of the run to FILE (JSON)")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="say what happens; twice: in detail")
@@ -100,7 +105,8 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, document: dict[str, Any]) -> int:
     config = _config(args)
     refuse_nested()
-    isolation = reach(args.isolation, args.require)
+    wish = Wish(config.isolation, config.scope, config.require, config.mems)
+    check_wish(wish)
     if args.evidence:
         _probe(args.evidence)
     if args.verbose:
@@ -111,11 +117,11 @@ def _run(args: argparse.Namespace, document: dict[str, Any]) -> int:
     front = Front(read_topology(Host()), caller, stop_on_interrupt=False, hear=_hear)
     warn_of_throttling(config)
     try:
-        keeper = front.start(config, ServiceVm(reserve=args.reserve), Options(isolation, args.wait))
+        keeper = front.start(config, ServiceVm(reserve=args.reserve), Options(wish, args.wait))
         front.wait(lambda: keeper.has("ready"))
         front.running()
-        if isolation.stopped_by:
-            say(f"isolation is {isolation.reached!r}, not {isolation.asked!r}: {isolation.stopped_by}")
+        if text := level_text(keeper.said["created"]["isolation"]):
+            say(text)
         front.wait(lambda: keeper.has("ended") or keeper.over)
     finally:
         front.end()
@@ -158,7 +164,9 @@ def _config(args: argparse.Namespace) -> VmConfig:
         request.smt,
         request.kind,
         isolation=args.isolation,
+        scope=args.scope or "",
         require=args.require,
+        mems=args.mems,
         on_drift=args.on_drift,
         user=args.user,
         group=args.group,
@@ -167,6 +175,39 @@ def _config(args: argparse.Namespace) -> VmConfig:
         nice=args.nice,
         mlock=args.mlock,
     )
+
+
+def check_wish(wish: Wish) -> None:
+    """Refuse what cannot be, before anything is changed.
+
+    :raises HostpartError: a level that is required and out of this caller's reach, a scope or a NUMA node that is none
+    """
+    if wish.mems:
+        from ..isolation import mems
+
+        mems.check(Host(), wish.mems)
+    if wish.level == "affinity":
+        return
+    from ..isolation.reach import reach
+    from ..ledger import Ledger
+
+    with Ledger() as ledger:
+        reach(wish, Host(), ledger)
+
+
+def level_text(isolation: Mapping[str, Any], vm: str = "") -> str:
+    """Return which level was reached, what stopped the next one, what lifts that, and what remains; empty where the
+    lowest was asked for."""
+    if isolation["asked"] == "affinity":
+        return ""
+    who = f"VM {vm!r}: " if vm else ""
+    remains = f"may still run there: {'; '.join(isolation['remains'])}"
+    if isolation["stopped_by"]:
+        return (
+            f"{who}isolation is {isolation['reached']!r}, not {isolation['asked']!r}: {isolation['stopped_by']}\n"
+            f"try: {isolation['remedy']}\n{remains}"
+        )
+    return f"{who}isolation {isolation['reached']!r}, scope {isolation['scope']!r}; {remains}"
 
 
 def refuse_nested() -> None:

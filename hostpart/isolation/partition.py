@@ -1,0 +1,545 @@
+"""The guests' pCPUs as isolated partitions of the cgroup v2 tree: the kernel itself keeps every other task off them.
+
+There is one cgroup ``hostpart``, the home, an isolated partition of all pCPUs that VMs hold, and in it one isolated
+partition per VM, named by the VM's token. Idle siblings belong to the home alone. An empty cgroup beside the VMs', the
+guard, keeps the cpuset controller from being taken away above: the kernel refuses that while a cgroup hands it on
+(systemd tries whenever it reloads).
+
+The home is at the tree's root. Where this process can't write there, but is somewhere below a cgroup that an
+administrator has made a partition and handed over, the home is in that one.
+
+All follows from the VMs that hold pCPUs now; the ledger has one entry, made before the first write, for what was not
+there before. The files are never taken at their word: a partition's own state may say ``isolated`` while tasks of
+the host run there, so it is judged by the CPUs that the cgroup above has left. What the kernel does to the masks of
+tasks on the way is :mod:`hostpart.isolation.affinity`'s to put right.
+
+Source: Documentation/admin-guide/cgroup-v2.rst, "Cpuset Interface Files".
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from ..cgroup import own_cgroup
+from ..cpuset import CpuSet
+from ..ledger import Known
+from .cgroup_files import (
+    Obstacle,
+    Refused,
+    below,
+    children,
+    cpus,
+    make,
+    masks,
+    mounts,
+    ours,
+    read,
+    remove,
+    set_masks,
+    until,
+    words,
+    write,
+)
+from .level import at_least
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from ..host import Host
+    from ..ledger import Holding, Ledger
+
+__all__ = [
+    "UNIFIED",
+    "Obstacle",
+    "check",
+    "held",
+    "leaf",
+    "obstacle",
+    "remembered",
+    "settle",
+    "watch_files",
+    "wide",
+]
+
+UNIFIED = True  # a VM's cgroup is of version 2: it can be frozen and killed whole
+
+_KEY = "partition:"  # and the directory that the home is in; baseline: whether the controller was handed on there
+_HOME = "hostpart"
+_GUARD = "guard"
+_ON, _OFF = "cpuset", "-"
+_CPU = "sys/devices/system/cpu"
+_KILL_S = 5.0  # for killed guests to be gone
+_BACK_S = 2.0  # for the CPUs of a removed partition to be back; Linux 6.1 takes up to 50 ms
+_LATE_S = 0.2  # the same, where it may as well be somebody else's that stays
+
+# -- looking -------------------------------------------------------------------------------------------
+
+
+def obstacle(host: Host, ledger: Ledger, wanted: CpuSet) -> Obstacle | None:
+    """Say what stands in the way of an isolated partition of *wanted*, if anything does. Nothing is changed.
+
+    :param wanted: all pCPUs (Linux numbers) that VMs would hold, running ones included; empty: not known yet
+    """
+    base = _base(host)
+    if isinstance(base, Obstacle):
+        return base
+    return (
+        _no_controller(host, base)
+        or _not_ours(host, ledger, base)
+        or _boot_isolated(host, wanted)
+        or _none_left(host, base, wanted)
+        or _overlap(host, base, wanted)
+    )
+
+
+def held(host: Host, ledger: Ledger) -> CpuSet:
+    """Return the pCPUs (Linux numbers) that the home keeps from other tasks at this moment."""
+    kept = CpuSet()
+    for base in _bases(ledger.known()):
+        kept |= cpus(host, f"{base}/{_HOME}/cpuset.cpus") - _effective(host, base)
+    return kept
+
+
+def remembered(known: Mapping[str, Known]) -> bool:
+    """Whether the ledger has something of these cgroups to be undone."""
+    return bool(_bases(known))
+
+
+def leaf(host: Host, token: str) -> str:
+    """Return the cgroup of the VM with that *token*, relative to the host's root.
+
+    Its guest enters by ``cgroup.procs``, and pins itself afterwards: before, the kernel refuses.
+
+    :raises FileNotFoundError: where this host has no place for one
+    """
+    base = _base(host)
+    if isinstance(base, Obstacle):
+        raise FileNotFoundError(errno.ENOENT, base.problem)
+    return f"{base}/{_HOME}/{token}"
+
+
+def watch_files(host: Host, token: str) -> list[str]:
+    """Return the files, relative to the host's root, that ``poll`` gives ``POLLPRI`` of when a state changes.
+
+    :raises FileNotFoundError: as :func:`leaf` does
+    """
+    child = leaf(host, token)
+    return [f"{directory}/cpuset.cpus.partition" for directory in (child.rpartition("/")[0], child)]
+
+
+def check(host: Host, holdings: Iterable[Holding]) -> list[str]:
+    """Return what does not hold at this moment, a sentence each; empty: the kernel keeps the host off every pCPU held.
+
+    CPUs that are offline are left out: nothing runs there, and a VM all of whose pCPUs are offline is named.
+    """
+    wants = _wants(holdings)
+    if not wants:
+        return []
+    base = _base(host)
+    if isinstance(base, Obstacle):
+        return [base.problem]
+    found = _home_faults(host, base, _union(wants.values()))
+    for token, one in wants.items():
+        found += _child_faults(host, f"{base}/{_HOME}/{token}", one)
+    return found
+
+
+def wide(host: Host, holdings: Iterable[Holding]) -> tuple[str, ...]:
+    """Return the masks, in list form, that the kernel may give to tasks of the host while :func:`settle` runs.
+
+    Before Linux 6.2 making and removing a partition, and switching the controller on and off, give each task of a
+    cgroup what the cgroup has now, whatever mask it had.
+    """
+    base = _base(host)
+    if isinstance(base, Obstacle):
+        return ()
+    after = _union(_wants(holdings).values())
+    before = cpus(host, f"{base}/{_HOME}/cpuset.cpus")
+    all_cpus = {_online(host), cpus(host, f"{_CPU}/possible"), _effective(host, base)}
+    stages = {one - less for one in all_cpus for less in (CpuSet(), before, after, before | after)}
+    sets = {cpus(host, f"{directory}/cpuset.cpus") for directory in below(host, base)} - {CpuSet()}
+    masks = stages | {cpus & stage for cpus in sets for stage in stages}
+    return tuple(sorted(str(mask) for mask in masks if mask))
+
+
+# -- changing ------------------------------------------------------------------------------------------
+
+
+def settle(host: Host, ledger: Ledger, holdings: Iterable[Holding]) -> list[str]:
+    """Bring the cgroups to what the VMs hold; with none, take all away and leave the tree as it was.
+
+    A VM's cgroup that is there without the VM is removed, and whatever runs in it killed.
+
+    :return: what could not be done, a sentence each
+    :raises OSError: what the kernel is not known to answer here
+    """
+    wants, known = _wants(holdings), ledger.known()
+    pins = masks(host, [f"{one}/cgroup.threads" for base in _bases(known) for one in below(host, f"{base}/{_HOME}")])
+    try:
+        if wants:
+            return _set_up(host, ledger, wants, known)
+        for base in _bases(known):
+            _take_down(host, ledger, base, known[_KEY + base])
+    except Refused as refused:
+        return [str(refused)]
+    finally:
+        # Before Linux 6.2 a change of the home gives every task in it all CPUs of its cgroup.
+        set_masks(host, pins)
+    return []
+
+
+def _set_up(host: Host, ledger: Ledger, wants: dict[str, Holding], known: Mapping[str, Known]) -> list[str]:
+    base = next(iter(_bases(known)), None) or _base(host)
+    if isinstance(base, Obstacle):
+        return [base.problem]
+    home, union = f"{base}/{_HOME}", _union(wants.values())
+    if _KEY + base in known:
+        for name in children(host, home):
+            if name not in (*wants, _GUARD):
+                _end(host, f"{home}/{name}")
+    if not _home_faults(host, base, union) and not any(
+        _child_faults(host, f"{home}/{token}", one) for token, one in wants.items()
+    ):
+        return []
+    # Before the first write: a sibling that overlaps would take the partition from VMs that run.
+    found = obstacle(host, ledger, union)
+    if found is not None:
+        return [found.problem]
+    _remember(host, ledger, base, union, known.get(_KEY + base))
+    _hand_on(host, base)
+    for directory in (home, f"{home}/{_GUARD}"):
+        make(host, directory)
+    _hand_on(host, home)
+    if cpus(host, f"{home}/cpuset.cpus") != union:
+        write(host, f"{home}/cpuset.cpus", str(union))
+    if _state(host, home) != "isolated" if host.rehearses else _home_faults(host, base, union):
+        _isolate(host, home)
+    problems = [] if host.rehearses else _home_faults(host, base, union)
+    for token, one in wants.items():
+        problems += _set_up_child(host, f"{home}/{token}", one)
+    return problems
+
+
+def _set_up_child(host: Host, child: str, one: Holding) -> list[str]:
+    try:
+        make(host, child)
+        if cpus(host, f"{child}/cpuset.cpus") != one.pcpus:
+            write(host, f"{child}/cpuset.cpus", str(one.pcpus))
+        if one.mems and cpus(host, f"{child}/cpuset.mems") != one.mems:
+            write(host, f"{child}/cpuset.mems", str(one.mems))
+        wrong = _state(host, child) != "isolated" if host.rehearses else _child_faults(host, child, one)
+        if wrong and one.pcpus & _online(host):  # where all are offline, nothing can be mended before they are back
+            _isolate(host, child)
+    except Refused as refused:
+        return [str(refused)]
+    return [] if host.rehearses else _child_faults(host, child, one)
+
+
+# Makes a partition of *directory*, also of one that says it is one and is not: for that it has to be none first.
+def _isolate(host: Host, directory: str) -> None:
+    if _state(host, directory) not in ("", "member"):
+        # Its own partitions before it: where one stays, Linux 6.12 takes its CPUs from its tasks in between, and
+        # leaves it without them.
+        for name in children(host, directory):
+            if _state(host, f"{directory}/{name}") not in ("", "member"):
+                write(host, f"{directory}/{name}/cpuset.cpus.partition", "member")
+        write(host, f"{directory}/cpuset.cpus.partition", "member")
+    write(host, f"{directory}/cpuset.cpus.partition", "isolated")
+
+
+def _take_down(host: Host, ledger: Ledger, base: str, known: Known) -> None:
+    home = f"{base}/{_HOME}"
+    if not host.exists(base):  # handed over by an administrator, and removed since
+        ledger.forget([_KEY + base])
+        return
+    if host.exists(home):
+        for name in children(host, home):
+            _end(host, f"{home}/{name}")
+        _end(host, home)
+    if known.baseline == _OFF and _handed_on(host, base):
+        users = [name for name in children(host, base) if _uses(host, f"{base}/{name}")]
+        if not users:
+            write(host, f"{base}/cgroup.subtree_control", "-cpuset")
+    ours = CpuSet()
+    for text in known.ours:
+        ours |= CpuSet.parse(text)
+    if not host.rehearses and not until(lambda: not _missing(host, base, ours), _BACK_S):
+        raise Refused(
+            f"the kernel has not given CPU {_missing(host, base, ours)} back to /{base};"
+            f" see /{base}/cpuset.cpus.effective, and run 'hostpart restore' again"
+        )
+    ledger.forget([_KEY + base])
+    if known.baseline == _OFF and _handed_on(host, base) and not host.rehearses:
+        raise Refused(f"the cpuset controller, off before, stays on in /{base}: the cgroup {users[0]!r} uses it by now")
+
+
+def _missing(host: Host, base: str, wanted: CpuSet) -> CpuSet:
+    # Those that are neither back nor in somebody else's partition by now.
+    missing = (wanted & _online(host)) - _effective(host, base)
+    for name in children(host, base) if missing else ():
+        if _state(host, f"{base}/{name}") in ("root", "isolated"):
+            missing -= cpus(host, f"{base}/{name}/cpuset.cpus")
+    return missing
+
+
+# Kills what is in *directory*, and removes it with the cgroups that a guest has made in it.
+def _end(host: Host, directory: str) -> None:
+    if _populated(host, directory):
+        write(host, f"{directory}/cgroup.kill", "1")
+        if not host.rehearses and not until(lambda: not _populated(host, directory), _KILL_S):
+            raise Refused(
+                f"processes in /{directory} were killed and do not end, so their pCPUs can't be given back yet;"
+                f" see 'ps -o pid,stat,wchan,comm $(cat /{directory}/cgroup.procs)', and run 'hostpart restore' later"
+            )
+    if _state(host, directory) not in ("", "member"):
+        write(host, f"{directory}/cpuset.cpus.partition", "member")
+    remove(host, directory)
+
+
+def _remember(host: Host, ledger: Ledger, base: str, union: CpuSet, known: Known | None) -> None:
+    if known is None:
+        known = Known(_ON if _handed_on(host, base) else _OFF)
+    # The latest first; all that it ever was since has to come back.
+    ours = CpuSet(union.mask)
+    for text in known.ours:
+        ours |= CpuSet.parse(text)
+    if known.ours != (str(ours),):
+        ledger.remember({_KEY + base: Known(known.baseline, (str(ours),))})
+
+
+def _hand_on(host: Host, directory: str) -> None:
+    if not _handed_on(host, directory):
+        write(host, f"{directory}/cgroup.subtree_control", "+cpuset")
+
+
+# -- what is wrong -------------------------------------------------------------------------------------
+
+
+def _home_faults(host: Host, base: str, union: CpuSet) -> list[str]:
+    home = f"{base}/{_HOME}"
+    if not host.exists(home):
+        return [f"the cgroup /{home} is gone"]
+    online = _online(host)
+    there, state = cpus(host, f"{home}/cpuset.cpus"), _state(host, home)
+    if not _handed_on(host, base) or not state:
+        return [f"the cpuset controller was switched off for /{home}"]
+    if not _handed_on(host, home):
+        return [f"the cpuset controller was switched off for the cgroups in /{home}"]
+    if there != union:
+        return [f"/{home} has CPU {there or 'none'} and should have {union}"]
+    if not union & online:
+        return []  # no task runs there; each VM is named for it
+    if state != "isolated":
+        return [f"/{home} is no isolated partition any more: the kernel says {state!r}"]
+    leaked = _effective(host, base) & union
+    if host.exists(f"{base}/cpuset.cpus.isolated"):  # from Linux 6.7 on, at the tree's root
+        leaked |= (union & online) - cpus(host, f"{base}/cpuset.cpus.isolated")
+    return [f"/{home} says it is isolated, and tasks of the host may run on its CPU {leaked}"] if leaked else []
+
+
+def _child_faults(host: Host, child: str, one: Holding) -> list[str]:
+    if not host.exists(child):
+        return [f"the cgroup /{child} is gone"]
+    online = _online(host)
+    there, state = cpus(host, f"{child}/cpuset.cpus"), _state(host, child)
+    if not state:
+        return [f"the cpuset controller was switched off for /{child}"]
+    if there != one.pcpus:
+        return [f"/{child} has CPU {there or 'none'} and should have {one.pcpus}"]
+    if not one.pcpus & online:
+        return [f"CPU {one.pcpus} is offline: what runs in /{child} runs elsewhere until it is back"]
+    if state != "isolated":
+        return [f"/{child} is no isolated partition any more: the kernel says {state!r}"]
+    has = _effective(host, child)
+    if has != one.pcpus & online:
+        return [f"/{child} may use CPU {has or 'none'} and should have {one.pcpus & online}"]
+    if one.mems and cpus(host, f"{child}/cpuset.mems") != one.mems:
+        return [f"/{child} has memory of node {cpus(host, f'{child}/cpuset.mems') or 'any'}, not of {one.mems}"]
+    return []
+
+
+def _no_controller(host: Host, base: str) -> Obstacle | None:
+    if "cpuset" in words(host, f"{base}/cgroup.controllers"):
+        return None
+    cmdline = words(host, "proc/cmdline")
+    disabled = [word for word in cmdline if word.startswith("cgroup_disable=") and "cpuset" in word]
+    if disabled:
+        return Obstacle(
+            f"the cpuset controller was switched off at boot with {disabled[0]!r}",
+            "take that off the kernel's command line and boot again",
+        )
+    return Obstacle(
+        f"there is no cpuset controller in /{base}/cgroup.controllers",
+        f"have it handed down: 'echo +cpuset > cgroup.subtree_control' in every cgroup above /{base};"
+        " where a version 1 hierarchy has it (see /proc/self/mountinfo), boot with systemd.unified_cgroup_hierarchy=1",
+    )
+
+
+def _not_ours(host: Host, ledger: Ledger, base: str) -> Obstacle | None:
+    home = f"{base}/{_HOME}"
+    if not host.exists(home) or _KEY + base in ledger.known():
+        return None
+    return Obstacle(
+        f"there is a cgroup /{home} that this ledger ({ledger.path}) knows nothing of",
+        f"end what runs in it, and remove it: 'rmdir /{home}/*/ /{home}'",
+    )
+
+
+def _boot_isolated(host: Host, wanted: CpuSet) -> Obstacle | None:
+    # Linux 6.12 refuses a partition of such CPUs ("conflicts with housekeeping setup"), 6.19 makes one, and does not
+    # count them as isolated any more once it is removed.
+    taken = cpus(host, f"{_CPU}/isolated") & wanted
+    if not taken:
+        return None
+    return Obstacle(
+        f"CPU {taken} was set apart at boot with isolcpus=, and a partition of it is refused by the kernel or"
+        " can't be undone",
+        "ask for other pCPUs, or take isolcpus= off the kernel's command line and boot again",
+    )
+
+
+def _none_left(host: Host, base: str, wanted: CpuSet) -> Obstacle | None:
+    there = _effective(host, base) | cpus(host, f"{base}/{_HOME}/cpuset.cpus")
+    left = there - wanted
+    if not wanted or left - cpus(host, f"{_CPU}/nohz_full") - cpus(host, f"{_CPU}/isolated"):
+        return None
+    if left:
+        return Obstacle(
+            f"with CPU {wanted} only CPU {left} would be left for the host's own tasks, and it was set apart at boot"
+            " with nohz_full= or isolcpus=",
+            f"leave another CPU to the host, ask for CPU {left} and not for all others, or boot without that option",
+        )
+    return Obstacle(
+        f"with CPU {wanted} nothing of CPU {there} would be left for the host's own tasks",
+        f"ask for {len(there) - 1} or fewer" if len(there) > 1 else "a host with one CPU can give none away",
+    )
+
+
+def _overlap(host: Host, base: str, wanted: CpuSet) -> Obstacle | None:
+    for name in children(host, base):
+        if name == _HOME:
+            continue
+        sibling = f"{base}/{name}"
+        has = cpus(host, f"{sibling}/cpuset.cpus")
+        both = (has | cpus(host, f"{sibling}/cpuset.cpus.exclusive")) & wanted
+        if both:
+            rest = has - wanted
+            unit = name.endswith((".slice", ".service", ".scope")) and host.exists("run/systemd/system")
+            # Of a cgroup with tasks in it the file can be narrowed, and not be emptied again.
+            narrow = (
+                f"systemctl set-property --runtime {name} AllowedCPUs={rest}"
+                if unit
+                else f"echo {rest} > /{sibling}/cpuset.cpus"
+            )
+            return Obstacle(
+                f"the cgroup /{sibling} lays claim to CPU {both} (its cpuset.cpus), and no partition may overlap that",
+                f"{f'{narrow!r}' if rest else f'end what is in /{sibling}'}, or ask for other pCPUs",
+            )
+
+    def missing() -> CpuSet:
+        here = _effective(host, base) | cpus(host, f"{base}/{_HOME}/cpuset.cpus")
+        return (wanted & _online(host)) - here
+
+    if not until(lambda: not missing(), _LATE_S):
+        elsewhere = missing()
+        return Obstacle(
+            f"CPU {elsewhere} is not among those that /{base} has to give (cpuset.cpus.effective)"
+            " and belongs to another cgroup's partition",
+            f"ask for other pCPUs; 'grep -r . /{base} --include=cpuset.cpus.partition' shows the partitions",
+        )
+    return None
+
+
+# -- where ---------------------------------------------------------------------------------------------
+
+
+def _base(host: Host) -> str | Obstacle:
+    # The directory, relative to the host's root, that the home is or would be in.
+    trees = {mount.directory: mount for mount in mounts(host) if mount.kind == "cgroup2"}
+    if not trees:
+        return Obstacle("cgroup v2 is not mounted", "mount -t cgroup2 none /sys/fs/cgroup")
+    # The tree's root is the one cgroup without a type; in a container the mount shows another one.
+    roots = [top for top in trees if not host.exists(f"{top}/cgroup.type")]
+    for root in roots:
+        if _writable(host, root):
+            return root
+    own, reason = own_cgroup(host)
+    if own is None:
+        return Obstacle(f"which cgroup this process is in can't be told: {reason}", "see /proc/self/mountinfo")
+    directory = own.strip("/")
+    while directory and directory not in roots and any(f"{directory}/".startswith(f"{one}/") for one in trees):
+        if _state(host, directory) in ("root", "isolated") and _writable(host, directory):
+            if words(host, f"{directory}/cgroup.procs"):
+                return Obstacle(
+                    f"processes are in the cgroup /{directory} itself, so it can have no partitions in it",
+                    f"move them, your shell too: 'mkdir /{directory}/rest', and write their pids to its cgroup.procs",
+                )
+            return directory
+        directory = directory.rpartition("/")[0]
+    top = (roots or list(trees))[0]
+    if trees[top].readonly:
+        return Obstacle(f"/{top} is mounted read-only", f"mount -o remount,rw /{top}")
+    if roots and os.geteuid():
+        return Obstacle(f"/{top} belongs to root, and this is uid {os.geteuid()}", "sudo hostpart ...")
+    if roots:
+        return Obstacle(
+            f"/{top} can't be written, although this is uid 0", "run it on the host and not inside a container"
+        )
+    return Obstacle(
+        f"this is a container: /{top} is not the cgroup tree's root, and no partition of its own either",
+        "run it on the host, or give the container pCPUs there: 'echo isolated > cpuset.cpus.partition' in its cgroup",
+    )
+
+
+def _writable(host: Host, directory: str) -> bool:
+    return ours(host, directory, f"{directory}/cgroup.procs", f"{directory}/cgroup.subtree_control")
+
+
+def _bases(known: Mapping[str, Known]) -> list[str]:
+    return [key.removeprefix(_KEY) for key in known if key.startswith(_KEY)]
+
+
+def _wants(holdings: Iterable[Holding]) -> dict[str, Holding]:
+    return {one.token: one for one in holdings if at_least(one.level, "cpuset")}
+
+
+def _union(holdings: Iterable[Holding]) -> CpuSet:
+    union = CpuSet()
+    for one in holdings:
+        union |= one.released
+    return union
+
+
+# -- files ---------------------------------------------------------------------------------------------
+
+
+def _effective(host: Host, directory: str) -> CpuSet:
+    return cpus(host, f"{directory}/cpuset.cpus.effective")
+
+
+def _online(host: Host) -> CpuSet:
+    return cpus(host, f"{_CPU}/online")
+
+
+def _state(host: Host, directory: str) -> str:
+    return read(host, f"{directory}/cpuset.cpus.partition").strip()
+
+
+def _handed_on(host: Host, directory: str) -> bool:
+    return "cpuset" in words(host, f"{directory}/cgroup.subtree_control")
+
+
+def _populated(host: Host, directory: str) -> bool:
+    return "populated 1" in read(host, f"{directory}/cgroup.events")
+
+
+def _uses(host: Host, directory: str) -> bool:
+    # Whether somebody has set a cpuset there.
+    files = ("cpuset.cpus", "cpuset.mems", "cpuset.cpus.exclusive")
+    return (
+        any(words(host, f"{directory}/{name}") for name in files)
+        or _state(host, directory) not in ("", "member")
+        or _handed_on(host, directory)
+    )

@@ -1,0 +1,234 @@
+"""Brings the whole host to what the VMs in the ledger ask for: on the way up, on the way down, and after a crash.
+
+There is one function, :func:`reconcile`, and it asks only what *is* held now, by the ledger. A VM that starts enters
+itself there first, one that ends strikes itself out first, and one that was killed is struck out by whoever finds
+it; each then calls this. So VMs that start and end in any order never undo each other, and a call that was killed at
+any instant is mended by the next. When nothing is held any more every baseline is restored and forgotten.
+
+The order is what the kernel needs: tasks leave the pCPUs before interrupts and before the CPUs are taken offline and
+online, that before a partition is made (a cycle breaks one); on the way back the partition goes first, since masks
+cannot be widened inside it, and masks come last, since making and removing a partition rewrites some of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+
+from ..cpuset import CpuSet
+from ..errors import Failed, HostpartError
+from ..host import Host
+from ..ledger import Known
+from ..value import Value
+from . import (
+    affinity,
+    attached,
+    cpuset1,
+    hotplug,
+    irq,
+    irqbalance,
+    partition,
+    rps,
+    stat_interval,
+    watchdog,
+    workqueue,
+    writeback,
+)
+from .level import at_least
+from .setting import Outcome, settle
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import ModuleType
+    from typing import Any
+
+    from ..ledger import Holding, Ledger
+
+__all__ = ["Busy", "Report", "cpusets", "reconcile", "released", "worded"]
+
+# From which level on, in the order of a release; on the way back it is the other way round, so that irqbalance
+# goes on last.
+_SETTINGS: tuple[tuple[str, ModuleType], ...] = (
+    ("full", irqbalance),
+    ("full", irq),
+    ("cpuset", workqueue),
+    ("cpuset", writeback),
+    ("full", watchdog),
+    ("full", stat_interval),
+    ("full", rps),
+)
+_LOCK_WAIT_S = 60.0  # a sweep of ten thousand tasks takes a second or two, and several VMs may start at once
+_WIDE = "wide"
+
+
+class Busy(Failed):
+    """Another process brings the host somewhere at this moment."""
+
+
+class Report(Value):
+    """What :func:`reconcile` did and met; sentences for people, empty where there is nothing to say.
+
+    :ivar problems: why a level is not what was asked
+    :ivar foreign: settings and tasks that somebody else changed meanwhile; they were left alone
+    :ivar remains: what could not be moved and may run on the guests' pCPUs all the same
+    :ivar unavoidable: what differs from before because the kernel changed it and lets nobody put it back
+    :ivar postponed: what waits for a CPU to come online again
+    :ivar escapees: tasks that put themselves back
+    :ivar moved: how many tasks were given another mask
+    """
+
+    problems: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+    remains: tuple[str, ...] = ()
+    unavoidable: tuple[str, ...] = ()
+    postponed: tuple[str, ...] = ()
+    escapees: tuple[str, ...] = ()
+    moved: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields for the evidence and for ``--json``."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in self.asdict().items()}
+
+    def __or__(self, other: Report) -> Report:
+        """Return both, each sentence once."""
+        mine, its = self.asdict(), other.asdict()
+        both = {name: tuple(dict.fromkeys((*mine[name], *its[name]))) for name in mine if name != "moved"}
+        return Report(**both, moved=self.moved + other.moved)
+
+
+def released(holdings: list[Holding], level: str) -> CpuSet:
+    """Return the pCPUs (Linux numbers) that VMs of at least *level* hold."""
+    found = CpuSet()
+    for one in holdings:
+        if at_least(one.level, level):
+            found |= one.released
+    return found
+
+
+def cpusets(host: Host) -> ModuleType:
+    """Return the module for the cpusets that this host has: version 1 where the controller is in such a hierarchy."""
+    return cpuset1 if cpuset1.mounted(host) else partition
+
+
+def reconcile(
+    ledger: Ledger, host: Host | None = None, *, cycle: CpuSet | None = None, wait_s: float = _LOCK_WAIT_S
+) -> Report:
+    """Bring the host to what the ledger's VMs hold now; with none, to what it was.
+
+    :param cycle: pCPUs to take offline and online on the way: those of a VM whose guest has not started yet
+    :param wait_s: how long to wait for another process that does the same
+    :raises Busy: where that one does not finish
+    :raises OSError: what no mechanism expects of the kernel
+    """
+    host = host or Host()
+    if host.rehearses:
+        return _reconcile(ledger, host, cycle or CpuSet())  # on a copy of the ledger, which is its caller's alone
+    lock = _lock(ledger.directory, wait_s)
+    try:
+        return _reconcile(ledger, host, cycle or CpuSet())
+    finally:
+        os.close(lock)
+
+
+def _lock(directory: str, wait_s: float) -> int:
+    # The kernel drops it with its holder. Nothing is forked while it is held, so nobody inherits it.
+    path = f"{directory}/isolation.lock"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    until, nap = time.monotonic() + wait_s, 0.001
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EINTR) or time.monotonic() >= until:
+                os.close(fd)
+                if error.errno not in (errno.EAGAIN, errno.EINTR):
+                    raise
+                raise Busy(
+                    f"another hostpart process has been changing host settings for {wait_s:g} s ({path} is locked)",
+                    f"find it with 'fuser {path}', and run it again",
+                ) from None
+        else:
+            return fd
+        time.sleep(nap)
+        nap = min(2 * nap, 0.05)
+
+
+def _reconcile(ledger: Ledger, host: Host, cycle: CpuSet) -> Report:
+    holdings, known = ledger.holdings(), ledger.known()
+    if not holdings and not known:
+        return Report()
+    keepers = frozenset(row.keeper_pid for row in ledger.vms() if not row.service) | attached.processes(ledger)
+    report = Report(problems=(*_bring_online(ledger, host, known), *attached.leave(host, ledger)))
+    sets = cpusets(host)
+    inside = sets.held(host, ledger)  # what the cgroups keep from the host at this moment
+    if cycle or not released(holdings, "cpuset") <= inside:
+        # What a partition still has is not to be given back to tasks before it is gone.
+        there = [*holdings, *_as_holdings(inside)]
+        report |= _sweep(host, ledger, there, keepers)
+        report |= _settle(host, ledger, holdings)
+        report |= Report(problems=tuple(hotplug.cycle(host, ledger, cycle) if cycle else ()))
+    if released(holdings, "cpuset") or sets.remembered(known):
+        # Making and removing partitions rewrites masks; what is written down now tells ours from others' later.
+        ledger.remember({_WIDE: Known("", sets.wide(host, holdings))})
+        report |= Report(problems=tuple(sets.settle(host, ledger, holdings)))
+    report |= _settle(host, ledger, holdings)
+    attached.unpin(host, ledger)
+    report |= _sweep(host, ledger, holdings, keepers)
+    ledger.forget([_WIDE])
+    return report
+
+
+def _as_holdings(cpus: CpuSet) -> list[Holding]:
+    from ..ledger import Holding
+
+    return [Holding("", 0, 0, "cpuset", "host", cpus, CpuSet(), CpuSet(), False)] if cpus else []
+
+
+def _sweep(host: Host, ledger: Ledger, holdings: list[Holding], keepers: frozenset[int]) -> Report:
+    swept = affinity.settle(host, ledger, holdings, keepers)
+    return Report(
+        foreign=swept.foreign,
+        remains=swept.refused,
+        unavoidable=swept.unavoidable,
+        postponed=swept.postponed,
+        escapees=swept.escapees,
+        moved=swept.moved,
+    )
+
+
+def _settle(host: Host, ledger: Ledger, holdings: list[Holding]) -> Report:
+    known = ledger.known()
+    service = CpuSet.parse(host.read_text("sys/devices/system/cpu/online")) - released(holdings, "sweep")
+    outcomes: list[Outcome] = []
+    for level, mechanism in _SETTINGS if holdings else reversed(_SETTINGS):
+        taken = released(holdings, level)
+        there = {one.key: one for one in mechanism.settings(host)} if taken else {}
+        there |= {key: one for key in known if (one := mechanism.of(key)) is not None and key not in there}
+        outcomes += settle(there.values(), known, taken, service, host, ledger.remember, ledger.forget)
+    return Report(
+        foreign=tuple(
+            f"/{one.key} has {one.now or 'nothing'}, which hostpart did not write; it was left"
+            for one in outcomes
+            if one.what == "foreign"
+        ),
+        remains=tuple(f"/{one.key} stays {one.now}: {one.why}" for one in outcomes if one.what == "refused"),
+    )
+
+
+def _bring_online(ledger: Ledger, host: Host, known: dict[str, Known]) -> list[str]:
+    # A CPU that a killed process left offline in the middle of its cycle.
+    off = [one for key in known if (one := hotplug.of(key)) is not None]
+    outcomes = settle(off, known, CpuSet(), CpuSet(), host, ledger.remember, ledger.forget) if off else []
+    return [f"/{one.key} stays {one.now}: {one.why}" for one in outcomes if one.what == "refused"]
+
+
+def worded(error: OSError) -> HostpartError:
+    """Return what a mechanism did not expect of the kernel, as an error with a remedy."""
+    where = f" at {error.filename}" if error.filename else ""
+    name = errno.errorcode.get(error.errno or 0, "no errno")
+    return Failed(
+        f"the kernel refused to isolate pCPUs{where}: {error.strerror} ({name})",
+        "run 'hostpart restore' to put the host back, and see 'dmesg | tail'",
+    )

@@ -1,0 +1,219 @@
+"""One VM's hold on the ladder: up before its guest starts, watched while it runs, down when it has ended.
+
+It decides what to ask of :mod:`hostpart.isolation.reconcile` and when; the host is brought there by that one alone.
+Lives in the VM's keeper, which calls it at every look.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from workers import crash
+
+from ..cgroup import Leaf
+from ..cpuset import CpuSet
+from ..errors import HostpartError
+from . import affinity, attached
+from .level import LEVELS, Isolation, at_least
+from .reach import below, reach
+from .reconcile import Busy, Report, cpusets, reconcile, worded
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+    from ..host import Host
+    from ..ledger import Ledger, VmRow
+    from .level import Wish
+
+__all__ = ["Watch"]
+
+_SWEEP_S = 1.0  # between two searches for tasks that put themselves back
+_TRIES = 3  # mendings of one problem: whoever undoes it each time is not to be fought
+_SLEPT_S = 1.0  # the clock that counts suspend ran ahead by more than this: the host was suspended
+
+
+class Watch:
+    """See the module.
+
+    :param row: the VM as the ledger has it
+    :param note: told each thing that happens, once, as a sentence
+    :ivar leaf: the cgroup that its guest's processes have to be in, or None
+    :ivar procs: the ``cgroup.procs`` of another cgroup (version 1) that they have to enter, or empty
+    :ivar breaches: when the kernel's own guard was down, a sentence each
+    """
+
+    def __init__(self, ledger: Ledger, host: Host, row: VmRow, note: Callable[[str], None]) -> None:
+        self.ledger, self.host, self.row = ledger, host, row
+        self.leaf: Leaf | None = None
+        self.procs = ""
+        self.breaches: list[str] = []
+        self.isolation = Isolation("affinity", "affinity")
+        self.report = Report()
+        self._note = note
+        self._pcpus = CpuSet.parse(row.pcpus) | CpuSet.parse(row.idle)
+        self._next_sweep = 0.0
+        self._online = ""
+        self._asleep_s = _asleep()
+        self._tries: dict[str, int] = {}
+        self._told: set[str] = set()
+        self._fds: list[int] = []
+
+    # -- up ----------------------------------------------------------------------------------------------
+
+    def begin(self, wish: Wish) -> Isolation:
+        """Go as far up as this host lets, and say how far that is.
+
+        :raises NotPermitted: where the wish requires more; the host is as it was
+        :raises HostpartError: where the host can't be changed; whoever calls ends the VM with :meth:`end`
+        """
+        isolation = reach(wish, self.host, self.ledger, self._pcpus)
+        while at_least(isolation.reached, "sweep"):
+            self.ledger.isolate(self.row.id, isolation.reached, isolation.scope, str(wish.mems), cycle=wish.cycle)
+            crash.point("watch.entered")
+            cycle = self._pcpus if wish.cycle or at_least(isolation.reached, "full") else CpuSet()
+            report = self._reconcile(cycle)
+            problems = (*report.problems, *self._check(isolation.reached))
+            if not problems:
+                break
+            lower = LEVELS[LEVELS.index(isolation.reached) - 1]
+            isolation = isolation.replace(
+                reached=lower,
+                stopped_by="; ".join(problems),
+                remedy="see 'dmesg | tail', mend what it names, run it again",
+            )
+            self.ledger.isolate(self.row.id, "affinity")
+            self.report = Report()
+            below(wish, isolation)
+        self.isolation = isolation
+        if isolation.reached == "affinity":
+            self._reconcile(CpuSet())  # also what a killed process has left
+        if at_least(isolation.reached, "cpuset"):
+            self._find_leaf()
+        self._online = self._read_online()
+        self._next_sweep = time.monotonic() + _SWEEP_S
+        return isolation
+
+    def _find_leaf(self) -> None:
+        sets = cpusets(self.host)
+        path = "/" + sets.leaf(self.host, self.row.token)
+        if sets.UNIFIED:
+            self.leaf = Leaf(path)
+            self._fds = [
+                os.open(self.host.path(name), os.O_RDONLY | os.O_CLOEXEC)
+                for name in sets.watch_files(self.host, self.row.token)
+            ]
+            for fd in self._fds:
+                os.pread(fd, 4096, 0)
+        else:
+            self.procs = f"{path}/cgroup.procs"
+
+    # -- watching ----------------------------------------------------------------------------------------
+
+    def files(self) -> Sequence[int]:
+        """Return the descriptors that poll(2) says ``POLLPRI`` of when a partition's state changes."""
+        return self._fds
+
+    def look(self) -> None:
+        """See whether it holds, and mend what does not."""
+        if self.isolation.reached == "affinity":
+            return
+        online, asleep_s = self._read_online(), _asleep()
+        slept = asleep_s - self._asleep_s > _SLEPT_S
+        changed = slept or online != self._online
+        if slept:
+            self._tell(f"the host was suspended for {asleep_s - self._asleep_s:.0f} s")
+        if online != self._online:
+            self._note(f"CPUs {self._online} were online, now {online} are")
+        self._online, self._asleep_s = online, asleep_s
+        problems = self._check(self.isolation.reached)
+        for problem in problems:
+            if problem not in self.breaches:
+                self.breaches.append(problem)
+                self._note(problem)
+        if changed or problems or self._escaped():
+            self._mend(problems, changed=changed)
+
+    def _escaped(self) -> bool:
+        if time.monotonic() < self._next_sweep:
+            return False
+        self._next_sweep = time.monotonic() + _SWEEP_S
+        return bool(affinity.escapees(self.host, self.ledger.holdings(), self._keepers()))
+
+    def _mend(self, problems: tuple[str, ...], *, changed: bool) -> None:
+        tries = [self._tries.get(problem, 0) for problem in problems]
+        if problems and min(tries) >= _TRIES and not changed:
+            return
+        self._tries |= {problem: count + 1 for problem, count in zip(problems, tries, strict=True)}
+        try:
+            report = self._reconcile(CpuSet(), wait_s=0.0)
+        except Busy:
+            return  # another keeper is at it; the next look comes soon
+        except HostpartError as error:
+            self._tell(str(error))
+            return
+        for who in report.escapees:
+            self._tell(f"{who} put itself back onto pCPUs of VM {self.row.name!r}")
+        left = self._check(self.isolation.reached)
+        if problems and not left:
+            self._note("the partition was mended: " + "; ".join(problems))
+        for problem in left:
+            self._tell(
+                f"{problem}, and it could not be mended: {'; '.join(report.problems) or 'the kernel gave no reason'}"
+            )
+
+    # -- down --------------------------------------------------------------------------------------------
+
+    def end(self) -> None:
+        """Put the host back, as far as no other VM holds it; nothing of the guest may run any more."""
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []
+        crash.point("watch.ending")
+        try:
+            self.ledger.isolate(self.row.id, "affinity")
+            self._reconcile(CpuSet())
+        except HostpartError as error:
+            self._note(f"the host was not put back: {error}; run 'hostpart restore'")
+        for text in (*self.report.foreign, *self.report.postponed, *self.report.problems):
+            self._tell(text)
+        crash.point("watch.ended")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what was met on the host, for the evidence."""
+        return {"host": self.report.to_json(), "breaches": list(self.breaches)}
+
+    # -- inside ------------------------------------------------------------------------------------------
+
+    def _reconcile(self, cycle: CpuSet, wait_s: float | None = None) -> Report:
+        more = {} if wait_s is None else {"wait_s": wait_s}
+        try:
+            report = reconcile(self.ledger, self.host, cycle=cycle, **more)
+        except OSError as error:
+            raise worded(error) from error
+        self.report |= report
+        return report
+
+    def _check(self, level: str) -> tuple[str, ...]:
+        if not at_least(level, "cpuset"):
+            return ()
+        return tuple(cpusets(self.host).check(self.host, self.ledger.holdings()))
+
+    def _keepers(self) -> frozenset[int]:
+        keepers = frozenset(row.keeper_pid for row in self.ledger.vms() if not row.service)
+        return keepers | attached.processes(self.ledger)
+
+    def _read_online(self) -> str:
+        return self.host.read_text("sys/devices/system/cpu/online").strip()
+
+    def _tell(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            self._note(text)
+
+
+def _asleep() -> float:
+    # Seconds that the host has been suspended since it booted.
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()

@@ -1,0 +1,1 @@
+"""Tests inside virtual machines: what would move, pin or stop others' processes happens only there."""

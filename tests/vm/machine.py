@@ -1,0 +1,291 @@
+"""A virtual machine: booted once and saved, and then resumed as often as somebody needs a fresh one.
+
+It is emulated (QEMU's TCG, which needs no rights and runs in containers), so that what it tells in time means nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from tests.vm import debian
+from tests.vm.cache import CACHE, LabError, digest, filled, locked
+from tests.vm.image import image
+
+__all__ = ["SETUPS", "TOPOLOGIES", "Dead", "Kind", "Machine", "booted", "collected", "resumed"]
+
+SETUPS = ("v2", "v1", "systemd")
+# QEMU's -smp, the CPUs of each NUMA node, megabytes. Under TCG SMT siblings are seen with Intel's models only.
+TOPOLOGIES = {
+    "2x2x2": ("8,sockets=2,dies=1,cores=2,threads=2", ("0-3", "4-7"), 768),
+    "16": ("16,sockets=2,dies=2,cores=2,threads=2", ("0-7", "8-15"), 1024),
+    "1": ("1,sockets=1,dies=1,cores=1,threads=1", ("0",), 512),
+}
+_CPU = "Skylake-Server-v1,-cx16"
+_CMDLINE = (
+    "console=ttyS0 quiet loglevel=3 panic=-1 oops=panic nokaslr mitigations=off tsc=reliable no_timer_check audit=0 "
+    "rcupdate.rcu_expedited=1 random.trust_cpu=on cryptomgr.notests raid=noautodetect nowatchdog "
+    "systemd.show_status=0 systemd.log_target=kmsg systemd.journald=0"
+)
+_TRIES = 5
+_BOOT_S = 60
+# Memory that the guest sees behind a PCI device: a serial port moves 60 kB/s.
+_SHARED = 32 << 20
+_KEEP_S = 900
+
+
+class Dead(LabError):
+    """The machine ended, or did not answer in time; the text ends with what its console said last."""
+
+
+class Kind:
+    """Which machine: kernel series, set-up, topology, and more words for the kernel's command line."""
+
+    def __init__(self, kernel: str, setup: str, topology: str = "2x2x2", cmdline: str = "") -> None:
+        self.kernel, self.setup, self.topology, self.cmdline = kernel, setup, topology, cmdline
+
+    @property
+    def label(self) -> str:
+        """A name for files: the same for the same kind, whatever is in its image."""
+        more = f"-{digest([self.cmdline])[:6]}" if self.cmdline else ""
+        return f"{self.kernel}-{self.setup}-{self.topology}{more}"
+
+    def command(self) -> list[str]:
+        """Return the command line of QEMU that boot and resume share."""
+        smp, nodes, megabytes = TOPOLOGIES[self.topology]
+        command = [
+            # The tests of real cores that run meanwhile go first, and no machine outlives its test.
+            "setpriv", "--pdeathsig", "KILL", "nice", "-n", "10",
+            "qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", _CPU,
+            "-smp", smp, "-m", f"{megabytes}M", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+        ]  # fmt: skip
+        for number, cpus in enumerate(nodes):
+            memory = f"memory-backend-ram,id=m{number},size={megabytes // len(nodes)}M"
+            command += ["-object", memory, "-numa", f"node,nodeid={number},cpus={cpus},memdev=m{number}"]
+        # Their interrupts can be steered: the serial ports' and the virtual PCI slots' (MSI).
+        for slot in range(4):
+            command += ["-device", f"pcie-root-port,id=slot{slot},chassis={slot + 1},bus=pcie.0"]
+        return command
+
+    def start(self) -> list[str]:
+        """Return the options that boot it."""
+        words = f"{_CMDLINE} lab.kernel={self.kernel} lab.setup={self.setup} {self.cmdline}"
+        return ["-kernel", str(debian.kernel(self.kernel)), "-initrd", str(image()), "-append", words.strip()]
+
+
+class Machine:
+    """A running machine. Leaving its ``with`` block ends it."""
+
+    def __init__(self, kind: Kind, options: list[str], heard: Callable[[str], None] | None = None) -> None:
+        self.console: list[str] = []
+        self._heard = heard
+        ours, theirs = zip(*(socket.socketpair() for _ in range(2)), strict=True)
+        self._shared = os.memfd_create("lab")
+        os.truncate(self._shared, _SHARED)
+        memory = f"memory-backend-file,id=shared,mem-path=/proc/self/fd/{self._shared},size={_SHARED},share=on"
+        command = [*kind.command(), "-object", memory, "-device", "ivshmem-plain,memdev=shared,master=on"]
+        for name, end in zip(("port", "qmp"), theirs, strict=True):
+            command += ["-chardev", f"socket,id={name},fd={end.fileno()}"]
+        command += ["-serial", "stdio", "-serial", "chardev:port", "-mon", "chardev=qmp,mode=control", *options]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace", pass_fds=[self._shared, *(end.fileno() for end in theirs)],
+        )  # fmt: skip
+        for end in theirs:
+            end.close()
+        self._port, self._qmp = (end.makefile("rwb") for end in ours)
+        self._sockets = ours
+        self._reader = threading.Thread(target=self._listen, daemon=True)
+        self._reader.start()
+        try:
+            self._ask("qmp_capabilities")
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        os.close(self._shared)
+        for end in (self._port, self._qmp, *self._sockets):
+            try:
+                end.close()
+            except OSError:
+                pass
+
+    @contextmanager
+    def limit(self, seconds: float) -> Iterator[None]:
+        """End the machine if the block takes longer; what is said or heard there then raises :class:`Dead`."""
+        timer = threading.Timer(seconds, self._late, [seconds])
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def say(self, message: dict[str, object], data: bytes = b"") -> dict[str, object]:
+        """Give the guest an order, with *data* if it takes any, and return the answer.
+
+        :raises Dead: if the machine ends before it
+        """
+        if data:
+            os.pwrite(self._shared, data, 0)
+            message = {**message, "size": len(data)}
+        try:
+            self._port.write(json.dumps(message).encode() + b"\n")
+            self._port.flush()
+        except OSError:
+            raise self._dead() from None
+        answer = self.hear()
+        if "size" in answer:
+            answer["data"] = os.pread(self._shared, int(str(answer["size"])), 0)
+        return answer
+
+    def hear(self) -> dict[str, object]:
+        """Return the guest's next message.
+
+        :raises Dead: if the machine ends before it
+        """
+        try:
+            line = self._port.readline()
+        except OSError:
+            line = b""
+        if not line.endswith(b"\n"):
+            raise self._dead()
+        found: dict[str, object] = json.loads(line)
+        return found
+
+    def wake(self) -> None:
+        """Let a resumed machine run; set its clock and random numbers, which stood still in the snapshot."""
+        while self._ask("query-status")["status"] == "inmigrate":
+            time.sleep(0.02)
+        self._ask("cont")
+        self.say({"do": "wake", "now": time.time(), "entropy": os.urandom(64).hex()})
+
+    def save(self, path: Path) -> None:
+        """Write the whole state of the machine to the file *path*; it stands still from then on."""
+        self._ask("stop")
+        self._ask("migrate-set-parameters", **{"max-bandwidth": 1 << 40})
+        self._ask("migrate", uri=f"exec:cat > '{path}'")
+        while (status := self._ask("query-migrate")["status"]) != "completed":
+            if status == "failed":
+                raise LabError("QEMU could not save the machine's state: is the disk full?")
+            time.sleep(0.02)
+
+    def _ask(self, command: str, **arguments: object) -> dict[str, object]:
+        try:
+            self._qmp.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+            self._qmp.flush()
+            while line := self._qmp.readline():
+                answer = json.loads(line)
+                if "error" in answer:
+                    raise LabError(f"QEMU refused {command}: {answer['error']}")
+                if "return" in answer:
+                    found: dict[str, object] = answer["return"]
+                    return found
+        except OSError:
+            pass
+        raise self._dead()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as lines:
+            for text in lines:
+                line = text.rstrip("\r\n")
+                if "TCG doesn't support" not in line:
+                    self.console.append(line)
+                    if self._heard:
+                        self._heard(line)
+
+    def _late(self, seconds: float) -> None:
+        self.console.append(f"(ended: it took more than {seconds:.0f} s)")
+        self.process.kill()
+
+    def _dead(self) -> Dead:
+        self.process.kill()
+        self._reader.join()
+        return Dead("\n".join(["the virtual machine ended; its console:", *self.console[-60:]]))
+
+
+def booted(kind: Kind) -> Path:
+    """Return the saved state of a machine of *kind* that has just booted and waits for orders; made if need be.
+
+    :raises LabError: if it can't be had
+    """
+
+    def make(path: Path) -> None:
+        with Machine(kind, kind.start()) as machine, machine.limit(_BOOT_S):
+            said = machine.hear()
+            if "up" not in said:
+                raise LabError(f"the guest's image is not complete: {said}")
+            machine.save(path)
+
+    return _saved(f"boot-{kind.label}", [*kind.command(), *kind.start(), _SHARED], make)
+
+
+def collected(kind: Kind, packed: bytes) -> Path:
+    """Return the saved state of a machine of *kind* in which pytest has collected the cases of the *packed* project.
+
+    :raises LabError: if it can't be had
+    """
+    state = booted(kind)
+
+    def make(path: Path) -> None:
+        with resumed(kind, state) as machine, machine.limit(_BOOT_S):
+            machine.say({"do": "unpack"}, packed)
+            said = machine.say({"do": "collect", "paths": ["tests/vm", "tests/vm/outcomes.py"]})
+            if "collected" not in said:
+                raise LabError("\n".join(["pytest could not start in the guest:", *machine.console[-60:]]))
+            machine.save(path)
+
+    return _saved(f"cases-{kind.label}", [state, packed], make)
+
+
+@cache
+def _emulator() -> str:
+    # What one version of QEMU has saved is not for another to resume.
+    return subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def _saved(label: str, contents: list[object], make: Callable[[Path], None]) -> Path:
+    path = CACHE / "saved" / f"{label}-{digest([_emulator(), *contents])}" / "state"
+    with locked(label):
+        if not path.exists():
+            for left in reversed(range(_TRIES)):
+                try:
+                    with filled(path.parent) as folder:
+                        make(folder / "state")
+                    break
+                except Dead as dead:
+                    (CACHE / "failed.log").write_text(f"{label}\n{dead}\n")
+                    # QEMU 7.2 with a thread per CPU: now and then the guest falls over its own patched code.
+                    if not left:
+                        raise
+            # Others of this label are of images and sources that are no more; one just used may be another checkout's.
+            for other in path.parent.parent.glob(f"{label}-" + "[0-9a-f]" * 16):
+                if other != path.parent and time.time() - other.stat().st_mtime > _KEEP_S:
+                    shutil.rmtree(other, ignore_errors=True)
+        os.utime(path.parent)
+    return path
+
+
+@contextmanager
+def resumed(kind: Kind, state: Path, heard: Callable[[str], None] | None = None) -> Iterator[Machine]:
+    """Give a machine that goes on from where *state* was saved."""
+    with Machine(kind, ["-incoming", f"exec:cat '{state}'"], heard) as machine:
+        with machine.limit(_BOOT_S):
+            machine.wake()
+        yield machine
