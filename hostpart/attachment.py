@@ -12,7 +12,7 @@ import select
 import signal
 import time
 
-from . import __version__, control, evidence, procfs, recovery, tree
+from . import __version__, control, evidence, procfs, recovery
 from .device_model import Caller, DeviceModel
 from .errors import Failed, HostpartError, NotPermitted, UsageError, worded
 from .host import Host
@@ -22,7 +22,7 @@ from .isolation.level import Wish
 from .isolation.watch import Watch
 from .keeper import PERIOD_S, ignore_terminal
 from .lease import Leases
-from .ledger import Ledger, VmRow, boot_id
+from .ledger import ATTACHED, Ledger, VmRow, boot_id
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -73,7 +73,6 @@ class Attachment:
         self._notes: list[str] = []
         self._waiters: list[control.Request] = []
         self._records: dict[int, evidence.VcpuRecord] = {}
-        self._drifts: dict[tuple[int, int], evidence.Drift] = {}
         self._stopping = False
         self._watch: Watch
         self._server: control.Server
@@ -83,7 +82,6 @@ class Attachment:
         code = 1
         try:
             self._wake_r, _ = ignore_terminal()
-            os.setsid()
             signal.signal(signal.SIGTERM, self._on_term)
             with Ledger() as self.ledger:
                 try:
@@ -111,7 +109,7 @@ class Attachment:
         model.attach(Hypervisor(self.topology, Leases(), self.ledger, self._boot, lambda: None))
         row = VmRow(
             0, self.config.name, 0, model.token, boot_id(), "INIT", self.config.vcpus,
-            "attached: pid " + " ".join(map(str, self.pids)), os.getpid(), procfs.start_time(os.getpid()) or 0,
+            ATTACHED + " ".join(map(str, self.pids)), os.getpid(), procfs.start_time(os.getpid()) or 0,
             os.getpid(), time.time(),
         )  # fmt: skip
         model.hypervisor.announce(row)
@@ -125,9 +123,14 @@ class Attachment:
             model.vm_create_vcpu(vcpu_id)
         model.vm_start()
         self._take()
-        for pid in self.pids:
-            record = self._records[pid] = evidence.VcpuRecord(self.config.name, 0, model.pcpus, pid, "attached")
+        for number, pid in enumerate(self.pids):
+            record = self._records[pid] = evidence.VcpuRecord(self.config.name, number, model.pcpus, pid, "smp")
+            record.resting = evidence.resting([pid, *(one.pid for one in attached.family(self.ledger, pid))])
             record.start(evidence.look(pid))
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):  # whoever waits for the end of what 'hostpart attach' prints does not wait for this one
+            os.dup2(null, fd)
+        os.close(null)
         self.front.send({
             "event": "ready", "vm": self.config.name, "pcpus": str(model.pcpus), "isolation": isolation.to_json(),
         })  # fmt: skip
@@ -168,22 +171,23 @@ class Attachment:
                 next_look = time.monotonic() + PERIOD_S
 
     def _look(self) -> None:
-        astray: list[evidence.Drift] = []
         for pid in self._fds:
-            members = tree.descendants(pid)
-            self._records[pid].sample(members)
-            astray += evidence.find_drifts(members, self.model.pcpus)
-            astray += self._records[pid].new_drifts()
-        for drift in astray:
-            if (drift.pid, drift.tid) not in self._drifts:
-                self._drifts[drift.pid, drift.tid] = drift
+            family = attached.family(self.ledger, pid)
+            self._records[pid].sample(family)
+            for drift in self._records[pid].new_drifts():
                 self._note(f"{drift}, not on {self.model.pcpus} alone (on_drift = {self.config.on_drift!r})")
             if self.config.on_drift == "repin":
+                self._repin([pid, *(one.pid for one in family)])
+        self._watch.look()
+
+    def _repin(self, family: list[int]) -> None:
+        for pid in family:
+            for tid in procfs.threads(pid):
                 try:
-                    self._host.set_affinity(drift.tid, self.model.pcpus)
+                    if procfs.allowed(pid, tid) != self.model.pcpus:
+                        self._host.set_affinity(tid, self.model.pcpus)
                 except OSError:
                     continue  # gone, or its pCPU is offline: the next look tells
-        self._watch.look()
 
     def _note(self, text: str) -> None:
         self._notes.append(text)
@@ -215,7 +219,6 @@ class Attachment:
             started_s=row.started,
             ended_s=ended_s,
             circumstances=evidence.Circumstances(
-                drifts=tuple(self._drifts.values()),
                 breaches=tuple(self._watch.breaches),
                 shares_core=self.model.vm.placement.shares_core,
             ),
@@ -228,7 +231,7 @@ class Attachment:
         model = self.model
         if getattr(model, "vhm", None) is None or model.vhm.vmid is None:
             return
-        attached.release(self.ledger, model.token)
+        self._notes += attached.release(self._host, self.ledger, model.token)
         watch = getattr(self, "_watch", None)
         if watch is not None:
             watch.end()
@@ -238,4 +241,4 @@ class Attachment:
         model.cancel()
         model.vm_destroy()
         for request in self._waiters:
-            request.reply({"state": "OFFLINE"})
+            request.reply({"state": "OFFLINE", "notes": self._notes})

@@ -69,9 +69,13 @@ def audit(vms: Sequence[Census], interval_s: float) -> list[Audit]:
     for number in range(2):
         for vm in vms:
             members = tree.descendants(vm.row.keeper_pid)
+            for record in records[vm.row.id] if vm.attached else ():
+                members += [member for member in tree.descendants(record.pid) if member.pid != vm.row.keeper_pid]
             rest = {member.pid for member in members}
             for record in records[vm.row.id]:
                 seen = evidence.look(record.pid)
+                if vm.attached and not number:
+                    record.resting = evidence.resting([record.pid, *(one.pid for one in members)])
                 if number:
                     record.update(seen)
                 else:
@@ -135,7 +139,10 @@ class _Reader:
 
     def _below(self) -> list[psutil.Process]:
         try:
-            return psutil.Process(self.vm.row.keeper_pid).children(recursive=True)
+            if not self.vm.attached:
+                return psutil.Process(self.vm.row.keeper_pid).children(recursive=True)
+            tops = [psutil.Process(pid) for pid in {vcpu.pid for vcpu in self.vm.vcpus}]
+            return [*tops, *(one for top in tops for one in top.children(recursive=True))]
         except psutil.Error:
             return []
 

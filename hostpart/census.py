@@ -7,7 +7,7 @@ import time
 from .cpuset import CpuSet
 from .host import Host
 from .lease import Holder, Leases
-from .ledger import Ledger, VcpuRow, VmRow
+from .ledger import ATTACHED, Ledger, VcpuRow, VmRow
 from .recovery import dirty
 from .topology import read_topology
 from .value import Value
@@ -28,6 +28,11 @@ class Census(Value):
     row: VmRow
     vcpus: tuple[VcpuRow, ...]
     state: str
+
+    @property
+    def attached(self) -> bool:
+        """Whether its processes ran before, so that they are not below its keeper."""
+        return self.row.guest.startswith(ATTACHED)
 
     @property
     def age(self) -> str:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from .tree import Member
 
+    Resting = dict[tuple[int, int], int]  # thread id and start time: how often it had been scheduled in
+
 __all__ = [
     "Circumstances",
     "Drift",
@@ -156,6 +158,8 @@ class VcpuRecord:
 
     :param pin: the pCPUs (Linux numbers) it may use: one, but for a guest of kind ``smp``
     :param kind: what runs on it: ``command``, ``python`` or ``smp``
+    :ivar resting: threads that were put there in their sleep, from :func:`resting`: where they ran last was before it,
+        for as long as they have not run again
     """
 
     def __init__(self, vm: str, vcpu: int, pin: CpuSet, pid: int, kind: str = "command") -> None:
@@ -170,6 +174,7 @@ class VcpuRecord:
         self.longest_gap_s = 0.0
         self.seen = CpuSet()
         self.drift: Drift | None = None
+        self.resting: Resting = {}
         self._last_s: float | None = None
         self._new: list[Drift] = []
         self._drifting: set[tuple[int, int]] = set()
@@ -184,9 +189,12 @@ class VcpuRecord:
         self.latest = seen
         self._looked(seen.mono_s)
         self.tasks = max(self.tasks, seen.threads or 0)
-        if seen.processor is not None:
-            self.seen |= CpuSet.of([seen.processor])
-        found = _drift_of(self.pid, self.pid, seen.start, seen.comm, seen.allowed, seen.processor, self.pin)
+        processor = seen.processor
+        if processor is not None and processor not in self.pin and _rests(self.resting, self.pid, self.pid, seen.start):
+            processor = None
+        if processor is not None:
+            self.seen |= CpuSet.of([processor])
+        found = _drift_of(self.pid, self.pid, seen.start, seen.comm, seen.allowed, processor, self.pin)
         if found:
             self._drifted([found])
             self._drifting.add((found.tid, found.start))
@@ -200,7 +208,7 @@ class VcpuRecord:
         """
         self._looked(time.monotonic() if mono_s is None else mono_s)
         pids = {self.pid, *(member.pid for member in members)}
-        tasks, seen, found = _go_over(sorted(pids), self.pin)
+        tasks, seen, found = _go_over(sorted(pids), self.pin, self.resting)
         self.tasks = max(self.tasks, tasks)
         self.seen |= seen
         self._drifted(found)
@@ -419,7 +427,26 @@ def document(
     }
 
 
-def _go_over(pids: Iterable[int], pin: CpuSet) -> tuple[int, CpuSet, list[Drift]]:
+def resting(pids: Iterable[int]) -> Resting:
+    """Return how often each thread of *pids* has been scheduled in by now."""
+    return {
+        (tid, stat.start): _slices(pid, tid)
+        for pid in pids
+        for tid in procfs.threads(pid)
+        if (stat := procfs.read_stat(pid, tid)) is not None and stat.state != "R"
+    }
+
+
+def _slices(pid: int, tid: int) -> int:
+    return (procfs.schedstat(pid, tid) or (0, 0, 0))[2]
+
+
+def _rests(resting: Resting, pid: int, tid: int, start: int | None) -> bool:
+    slices = resting.get((tid, start or 0))
+    return slices is not None and slices == _slices(pid, tid)
+
+
+def _go_over(pids: Iterable[int], pin: CpuSet, resting: Resting | None = None) -> tuple[int, CpuSet, list[Drift]]:
     # Threads looked at; CPUs they run on or ran on last; those outside the pin.
     tasks, mask = 0, 0
     drifts: list[Drift] = []
@@ -437,8 +464,12 @@ def _go_over(pids: Iterable[int], pin: CpuSet) -> tuple[int, CpuSet, list[Drift]
             except (ProcessLookupError, PermissionError):
                 continue
             tasks += 1
-            mask |= 1 << thread.processor
-            if found := _drift_of(pid, tid, thread.start, thread.comm, cpus, thread.processor, pin):
+            processor: int | None = thread.processor
+            if resting and thread.processor not in pin and _rests(resting, pid, tid, thread.start):
+                processor = None
+            else:
+                mask |= 1 << thread.processor
+            if found := _drift_of(pid, tid, thread.start, thread.comm, cpus, processor, pin):
                 drifts.append(found)
     return tasks, CpuSet(mask), drifts
 

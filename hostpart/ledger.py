@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 __all__ = [
+    "ATTACHED",
     "Holding",
     "Known",
     "Ledger",
@@ -36,6 +37,8 @@ __all__ = [
     "boot_id",
     "runtime_directory",
 ]
+
+ATTACHED = "attached: pid "  # how the guest of a VM reads whose processes ran before
 
 # A newer hostpart brings an older ledger up, a step at a time; user_version counts the steps taken.
 _STEPS = (

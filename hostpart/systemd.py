@@ -54,8 +54,8 @@ ExecStopPost={command} restore
 KillMode=mixed
 TimeoutStopSec=60
 Restart=no
-# A cgroup of its own below this one for each guest.
-Delegate=yes
+# A cgroup below this one for each guest, and no controller with it: systemd leaves on what it once switched on.
+Delegate=
 OOMPolicy=continue
 LimitMEMLOCK=infinity
 

@@ -263,7 +263,7 @@ def test_a_third_partys_mask_is_kept_and_said_once(tree: Tree, ledger: Ledger) -
 
 
 def test_a_stranger_born_since_with_a_mask_like_ours_is_left_alone(tree: Tree, ledger: Ledger) -> None:
-    population(tree)
+    tree.start()  # all that had this mask before, had one other: nothing but the scope tells the stranger from them
     sweep(ledger, tree.holding())
     rest = [cpu for cpu in USABLE if cpu != TAKEN]
     stranger = Tree()  # its parent is this process, which is in no scope

@@ -160,7 +160,8 @@ def _reconcile(ledger: Ledger, host: Host, cycle: CpuSet) -> Report:
     if not holdings and not known:
         return Report()
     keepers = frozenset(row.keeper_pid for row in ledger.vms() if not row.service) | attached.processes(ledger)
-    report = Report(problems=(*_bring_online(ledger, host, known), *attached.leave(host, ledger)))
+    problems, foreign = attached.leave(host, ledger)
+    report = Report(problems=(*_bring_online(ledger, host, known), *problems), foreign=tuple(foreign))
     sets = cpusets(host)
     inside = sets.held(host, ledger)  # what the cgroups keep from the host at this moment
     if cycle or not released(holdings, "cpuset") <= inside:

@@ -1,7 +1,11 @@
 """Cases that run in virtual machines: outside they are ordinary items, whose reports come from inside.
 
-``@pytest.mark.vm(kernels=..., setups=..., topology=..., cmdline=..., limit_s=...)`` on a test function, a class or a
-file makes a case; the nearest mark's words count. Inside, the same files are collected and the functions really run.
+``@pytest.mark.vm(kernels=..., setups=..., topology=..., cmdline=..., limit_s=..., every=...)`` on a test function, a
+class or a file makes a case; the nearest mark's words count. Inside, the same files are collected and the functions
+really run.
+
+A case that names several machines runs on one of them, always the same, and on each with ``every``: a file's cases
+are so on all kernels together, in a third of the time. ``HOSTPART_VM_FULL=1`` and ``-k`` run all that there are.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import zlib
 from typing import Any
 
 import pytest
@@ -26,13 +31,16 @@ _DEFAULTS: dict[str, Any] = {
     "topology": "2x2x2",
     "cmdline": "",
     "limit_s": 120,
+    "every": False,
 }
 _FALLEN = re.compile(r"Kernel panic|Oops:|BUG:")
 _TRIES = 3
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "vm(kernels, setups, topology, cmdline, limit_s): runs in virtual machines")
+    config.addinivalue_line(
+        "markers", "vm(kernels, setups, topology, cmdline, limit_s, every): runs in virtual machines"
+    )
 
 
 def _wants(node: pytest.Item) -> dict[str, Any] | None:
@@ -72,6 +80,26 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     # This item has set nothing up, but the one before may have left its folder's node for it.
     item.session._setupstate.teardown_exact(nextitem)
     return True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if INSIDE or os.environ.get("HOSTPART_VM_FULL") == "1" or config.option.keyword:
+        return
+    machines: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        wants = _wants(item)
+        if isinstance(item, pytest.Function) and wants and not wants["every"]:
+            name = "-".join(item.callspec.params["machine"])  # type: ignore[arg-type]
+            machines.setdefault(item.nodeid.replace(name, "", 1), []).append(item)
+    # By name, so that every process of a parallel run comes to the same choice.
+    left = {
+        item
+        for name, same in machines.items()
+        for number, item in enumerate(same)
+        if number != zlib.crc32(name.encode()) % len(same)
+    }
+    config.hook.pytest_deselected(items=sorted(left, key=lambda item: item.nodeid))
+    items[:] = [item for item in items if item not in left]
 
 
 def _reports(item: pytest.Function) -> list[pytest.TestReport]:
@@ -114,7 +142,8 @@ def _inside(item: pytest.Function, kind: Kind, limit_s: float) -> list[pytest.Te
     if "failed" in said:
         raise LabError("\n".join([str(said["failed"]), *machine.console[-60:]]))
     reports = []
-    for data in json.loads(str(said["data"])):
+    told: Any = said["data"]
+    for data in json.loads(told):
         # JSON knows no tuples, and pytest tells some by them.
         if data["outcome"] == "skipped" and isinstance(data["longrepr"], list):
             path, line, why = data["longrepr"]

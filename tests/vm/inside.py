@@ -127,24 +127,22 @@ class Cases:
         """Run one case in a fork; return its reports, or what became of the fork if it gave none."""
         if nodeid not in self.items:
             return {"failed": "\n".join([f"{nodeid} was not collected in the guest", *self.errors])}
-        reading, writing = os.pipe()
+        # A file and not a pipe: what the case has left running would hold that open.
+        told = os.memfd_create("reports")
         pid = os.fork()
         if pid == 0:
             try:
-                os.close(reading)
                 self.config.pluginmanager.unregister(name="terminalreporter")
                 self.config.hook.pytest_runtest_protocol(item=self.items[nodeid], nextitem=None)
-                with open(writing, "w") as file:
+                with open(told, "w", closefd=False) as file:
                     json.dump(self.reports, file)
             except BaseException:
                 traceback.print_exc(file=sys.__stderr__)
             finally:
                 os._exit(0)
-        os.close(writing)
-        # Whatever the case left running may hold the pipe open, too; its end is not waited for.
-        with open(reading, "rb") as file:
-            data = file.read()
         _, status = os.waitpid(pid, 0)
+        data = os.pread(told, os.fstat(told).st_size, 0)
+        os.close(told)
         if not data:
             return {"failed": f"the process that ran the case ended with status {os.waitstatus_to_exitcode(status)}"}
         self.resident.window[: len(data)] = data

@@ -20,7 +20,7 @@ def _says(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.vm(setups=("v2", "systemd"))
+@pytest.mark.vm(setups=("v2", "systemd"), every=True)
 def test_the_machine_is_the_one_asked_for(machine: tuple[str, str]) -> None:
     kernel, setup = machine
     assert os.uname().release.startswith(f"{kernel}.")

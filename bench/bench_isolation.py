@@ -1,0 +1,272 @@
+"""What does taking pCPUs from the host and giving them back cost, compared with ``tuna`` and ``cset shield``?
+
+All run in one virtual machine of the lab (``tests/vm``), in turns, on the same sleeping tasks. It is emulated, so only
+ratios and counts of system calls are printed. Level ``sweep`` is compared with ``tuna --isolate`` and ``--include``,
+level ``cpuset`` with ``cset shield``, which needs version 1 of the controller. ``command`` is a whole command with its
+interpreter's start; ``library`` is a process forked off one that has all modules loaded.
+
+    python -m bench.bench_isolation [-k KERNEL] [-s v1|v2] [-n RUNS] [-m MEGABYTES] [TASKS[xTHREADS] ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+
+__all__ = ["main"]
+
+CPUS = "4,6"
+_PEERS = (
+    "cpuset", "python3-cpuset", "tuna", "python3-linux-procfs", "python3-ethtool", "python3-six", "python3-future",
+)  # fmt: skip
+_SITE = "/lab/peers"
+_TRACE = Path("/sys/kernel/tracing")
+_TASKS = ("100", "1000", "1000x100", "10000x100")
+_LIMIT_S = 1500.0
+
+
+class Way:
+    """One tool: *steps* are what it does in order, by name, as command and as a call of its library."""
+
+    def __init__(
+        self, name: str, commands: dict[str, list[str]], calls: dict[str, Callable[[], None]], before: str = ""
+    ) -> None:
+        self.name, self.commands, self.calls, self.before = name, commands, calls, before
+
+
+# -- outside -------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    """Boot the machine and run this file in it; return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.bench_isolation", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("-k", "--kernel", default="6.1")
+    parser.add_argument("-s", "--setup", default="v1")
+    parser.add_argument("-n", "--runs", type=int, default=9)
+    parser.add_argument("-m", "--megabytes", type=int, help="the machine's memory, if not as much as the tests' has")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("tasks", nargs="*", default=_TASKS)
+    args = parser.parse_args()
+    if args.inside:
+        return _inside(args.tasks, args.runs)
+    from tests.vm import debian
+    from tests.vm.image import HOME, project
+    from tests.vm.machine import TOPOLOGIES, Kind, booted, resumed
+
+    smp, nodes, megabytes = TOPOLOGIES["2x2x2"]
+    if args.megabytes and args.megabytes != megabytes:
+        TOPOLOGIES["bench"] = (smp, nodes, args.megabytes)
+    kind = Kind(args.kernel, args.setup, "bench" if "bench" in TOPOLOGIES else "2x2x2")
+    peers, packed = debian.programs(_PEERS), io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for path in (peers / "usr/lib/python3/dist-packages").iterdir():
+            if path.name.split(".")[0] in ("cpuset", "tuna", "procfs", "ethtool", "six", "future", "past"):
+                archive.add(path, f"{_SITE}/{path.name}")
+        for folder in ("usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"):
+            for path in (peers / folder).glob("libnl-*.so*"):
+                archive.add(path, f"/usr/lib/{path.name}")
+        for name in ("cset", "tuna"):
+            archive.add(peers / "usr/bin" / name, f"/usr/bin/{name}")
+        for path in Path(__file__).parent.glob("*.py"):
+            archive.add(path, f"{HOME}/bench/{path.name}")
+    argv = ["python3", "-m", "bench.bench_isolation", "--inside", "-n", str(args.runs), *args.tasks]
+    with resumed(kind, booted(kind), lambda line: print(line, flush=True)) as guest, guest.limit(_LIMIT_S):
+        guest.say({"do": "unpack"}, project(everything=True))
+        guest.say({"do": "unpack"}, packed.getvalue())
+        return int(str(guest.say({"do": "execute", "argv": argv, "cwd": HOME})["status"]))
+
+
+# -- inside --------------------------------------------------------------------------------------------
+
+
+def _inside(sizes: list[str], runs: int) -> int:
+    if not os.path.exists("/lab/inside.py"):
+        raise SystemExit("--inside is for the virtual machine: it moves every task there is")
+    os.environ["PYTHONPATH"] = _SITE
+    sys.path.append(_SITE)
+    v1 = os.path.exists("/sys/fs/cgroup/cpuset")
+    for name in ("event-fork", "overwrite"):
+        (_TRACE / "options" / name).write_text("1")
+    (_TRACE / "buffer_size_kb").write_text("64")
+    pairs = [(_hostpart("sweep"), _tuna()), (_hostpart("cpuset"), _cset() if v1 else _hostpart("sweep"))]
+    for size in sizes:
+        count, _, threads = size.partition("x")
+        pids = _population(int(count), int(threads or 1))
+        try:
+            for pair in pairs:
+                print(f"{_tasks()} tasks ({count}, {threads or 1} per process), {' / '.join(one.name for one in pair)}")
+                _compare(pair, runs, commands=True)
+                _compare(pair, runs, commands=False)
+        finally:
+            for pid in pids:
+                os.kill(pid, 9)
+                os.waitpid(pid, 0)
+    return 0
+
+
+def _tasks() -> int:
+    return sum(len(os.listdir(f"/proc/{pid}/task")) for pid in os.listdir("/proc") if pid.isdigit())
+
+
+def _population(count: int, threads: int) -> list[int]:
+    threading.stack_size(65536)
+    pids, (read, write) = [], os.pipe()
+    for _ in range(count // threads):
+        pid = os.fork()
+        if not pid:
+            lock = threading.Lock()
+            lock.acquire()
+            for _ in range(threads - 1):
+                threading.Thread(target=lock.acquire, daemon=True).start()
+            os.write(write, b".")
+            while True:
+                time.sleep(1e6)
+        pids.append(pid)
+        os.read(read, 1)
+    os.close(read)
+    os.close(write)
+    return pids
+
+
+def _hostpart(level: str) -> Way:
+    from hostpart.isolation import reconcile
+    from hostpart.ledger import Ledger, VmRow, boot_id
+
+    def take() -> None:
+        with Ledger() as ledger:
+            pid = os.getppid()
+            row = VmRow(
+                0, "bench", 0, "0" * 32, boot_id(), "INIT", 0, "true", pid, 1, pid, time.time(), pcpus=CPUS, level=level
+            )
+            ledger.add_vm(row)
+            reconcile.reconcile(ledger)
+
+    def give() -> None:
+        with Ledger() as ledger:
+            for row in ledger.vms():
+                ledger.remove_vm(row.id)
+            reconcile.reconcile(ledger)
+
+    run = ["hostpart", "run", "--isolation", level, "--require", "--pcpus", CPUS, "--", "true"]
+    return Way(f"hostpart {level}", {"both": run}, {"release": take, "return": give})
+
+
+def _tuna() -> Way:
+    from tuna import tuna
+
+    cpus, every = [4, 6], os.cpu_count()
+    return Way(
+        "tuna",
+        {"release": ["tuna", "--cpus", CPUS, "--isolate"], "return": ["tuna", "--cpus", CPUS, "--include"]},
+        {"release": lambda: tuna.isolate_cpus(cpus, every), "return": lambda: tuna.include_cpus(cpus, every)},
+    )
+
+
+def _cset() -> Way:
+    from cpuset import main as cset
+
+    def call(command: list[str]) -> Callable[[], None]:
+        def it() -> None:
+            sys.argv = command
+            cset.main()
+
+        return it
+
+    steps = {
+        "release": ["cset", "shield", f"--cpu={CPUS}", "--kthread=on"],
+        "return": ["cset", "shield", "--reset"],
+    }
+    return Way("cset shield", steps, {name: call(command) for name, command in steps.items()})
+
+
+def _compare(pair: tuple[Way, Way], runs: int, *, commands: bool) -> None:
+    kind = "command" if commands else "library"
+    taken: list[dict[str, list[tuple[float, float, int]]]] = [{}, {}]
+    for number in range(runs + 1):
+        for way, found in zip(pair, taken, strict=True):
+            total = (0.0, 0.0, 0)
+            for step, what in (way.commands if commands else way.calls).items():
+                one = _measured(what)
+                if number:  # the first fills caches
+                    found.setdefault(step, []).append(one)
+                total = (total[0] + one[0], total[1] + one[1], total[2] + one[2])
+            if (number and "both" not in way.commands) or (not commands and number):
+                found.setdefault("both", []).append(total)
+    for step in taken[0].keys() & taken[1].keys():
+        mine, theirs = (found[step] for found in taken)
+        calls = " and ".join(f"{median(one[2] for one in found[step]):.0f}" for found in taken)
+        print(f"  {kind} {step:8} system calls {calls}", end="")
+        for name, at in (("wall", 0), ("cpu", 1)):
+            print(f"; {name} {_spread([a[at] / b[at] for a, b in zip(mine, theirs, strict=True)])}", end="")
+        # For growth from size to size only: what a second is worth here is nobody's to know.
+        print(f"; units {' and '.join(f'{median(one[1] for one in found[step]):.3f}' for found in taken)}", flush=True)
+
+
+def _spread(ratios: list[float]) -> str:
+    low, middle, high = quantiles(ratios, n=4)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _measured(what: list[str] | Callable[[], None]) -> tuple[float, float, int]:
+    # Wall-clock and CPU seconds of a process and its children, and the system calls that they made. The count is of a
+    # second process's, since tracing is not for nothing... and of this one: both do the same work.
+    gate, opened = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(opened)
+        os.read(gate, 1)
+        code = 1
+        try:
+            null = os.open("/lab/run/said" if os.path.isdir("/lab/run") else "/tmp/said", os.O_RDWR | os.O_CREAT, 0o600)
+            os.ftruncate(null, 0)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            if not callable(what):
+                os.execvp(what[0], what)
+            what()
+            code = 0
+        except SystemExit as end:
+            code = 1 if end.code else 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    (_TRACE / "set_event_pid").write_text(str(pid))
+    before = _events()
+    (_TRACE / "events/raw_syscalls/sys_enter/enable").write_text("1")
+    start = time.perf_counter()
+    os.write(opened, b".")
+    _, status, used = os.wait4(pid, 0)
+    wall = time.perf_counter() - start
+    (_TRACE / "events/raw_syscalls/sys_enter/enable").write_text("0")
+    (_TRACE / "set_event_pid").write_text("")
+    os.close(gate)
+    os.close(opened)
+    if status:
+        said = Path("/lab/run/said" if os.path.isdir("/lab/run") else "/tmp/said").read_text()
+        raise SystemExit(f"{what} ended with {status}: {said[-2000:]}")
+    return wall, used.ru_utime + used.ru_stime, _events() - before
+
+
+def _events() -> int:
+    total = 0
+    for path in _TRACE.glob("per_cpu/cpu*/stats"):
+        for line in path.read_text().splitlines():
+            name, _, value = line.partition(": ")
+            if name in ("entries", "overrun"):
+                total += int(value)
+    return total
+
+
+if __name__ == "__main__":
+    sys.exit(main())
