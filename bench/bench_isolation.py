@@ -30,16 +30,21 @@ _PEERS = (
 _SITE = "/lab/peers"
 _TRACE = Path("/sys/kernel/tracing")
 _TASKS = ("100", "1000", "1000x100", "10000x100")
+_SAID = "/run/said"
 _LIMIT_S = 1500.0
 
 
 class Way:
-    """One tool: *steps* are what it does in order, by name, as command and as a call of its library."""
+    """One tool: what it does in order, by name, as commands and as calls of its library, and *tidy*, not measured."""
 
     def __init__(
-        self, name: str, commands: dict[str, list[str]], calls: dict[str, Callable[[], None]], before: str = ""
+        self,
+        name: str,
+        commands: dict[str, list[str]],
+        calls: dict[str, Callable[[], None]],
+        tidy: Callable[[], None] = lambda: None,
     ) -> None:
-        self.name, self.commands, self.calls, self.before = name, commands, calls, before
+        self.name, self.commands, self.calls, self.tidy = name, commands, calls, tidy
 
 
 # -- outside -------------------------------------------------------------------------------------------
@@ -90,7 +95,7 @@ def main() -> int:
 def _inside(sizes: list[str], runs: int) -> int:
     if not os.path.exists("/lab/inside.py"):
         raise SystemExit("--inside is for the virtual machine: it moves every task there is")
-    os.environ["PYTHONPATH"] = _SITE
+    os.environ.update(PYTHONPATH=_SITE, LC_ALL="C")
     sys.path.append(_SITE)
     v1 = os.path.exists("/sys/fs/cgroup/cpuset")
     for name in ("event-fork", "overwrite"):
@@ -113,7 +118,7 @@ def _inside(sizes: list[str], runs: int) -> int:
 
 
 def _tasks() -> int:
-    return sum(len(os.listdir(f"/proc/{pid}/task")) for pid in os.listdir("/proc") if pid.isdigit())
+    return sum(len(_threads(pid)) for pid in os.listdir("/proc") if pid.isdigit())
 
 
 def _population(count: int, threads: int) -> list[int]:
@@ -156,18 +161,35 @@ def _hostpart(level: str) -> Way:
             reconcile.reconcile(ledger)
 
     run = ["hostpart", "run", "--isolation", level, "--require", "--pcpus", CPUS, "--", "true"]
-    return Way(f"hostpart {level}", {"both": run}, {"release": take, "return": give})
+    return Way(f"hostpart {level}", {"all": run}, {"release": take, "return": give})
 
 
 def _tuna() -> Way:
     from tuna import tuna
 
-    cpus, every = [4, 6], os.cpu_count()
+    # Debian 12's tuna 0.15 has no way back: --include ends with a TypeError, a set added to a list.
     return Way(
         "tuna",
-        {"release": ["tuna", "--cpus", CPUS, "--isolate"], "return": ["tuna", "--cpus", CPUS, "--include"]},
-        {"release": lambda: tuna.isolate_cpus(cpus, every), "return": lambda: tuna.include_cpus(cpus, every)},
+        {"release": ["tuna", "--cpus", CPUS, "--isolate"]},
+        {"release": lambda: tuna.isolate_cpus([4, 6], os.cpu_count())},
+        _widen,
     )
+
+
+def _widen() -> None:
+    for tid in (int(tid) for pid in os.listdir("/proc") if pid.isdigit() for tid in _threads(pid)):
+        try:
+            if not {4, 6} & os.sched_getaffinity(tid):
+                os.sched_setaffinity(tid, range(os.cpu_count() or 1))
+        except OSError:
+            continue  # bound by the kernel, or ended
+
+
+def _threads(pid: str) -> list[str]:
+    try:
+        return os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return []
 
 
 def _cset() -> Way:
@@ -189,18 +211,16 @@ def _cset() -> Way:
 
 def _compare(pair: tuple[Way, Way], runs: int, *, commands: bool) -> None:
     kind = "command" if commands else "library"
-    taken: list[dict[str, list[tuple[float, float, int]]]] = [{}, {}]
+    taken: tuple[dict[str, list[tuple[float, float, int]]], ...] = ({}, {})
     for number in range(runs + 1):
         for way, found in zip(pair, taken, strict=True):
-            total = (0.0, 0.0, 0)
-            for step, what in (way.commands if commands else way.calls).items():
-                one = _measured(what)
-                if number:  # the first fills caches
+            done = {step: _measured(what) for step, what in (way.commands if commands else way.calls).items()}
+            way.tidy()
+            if number:  # the first fills caches
+                done.setdefault("all", tuple(map(sum, zip(*done.values(), strict=True))))
+                for step, one in done.items():
                     found.setdefault(step, []).append(one)
-                total = (total[0] + one[0], total[1] + one[1], total[2] + one[2])
-            if (number and "both" not in way.commands) or (not commands and number):
-                found.setdefault("both", []).append(total)
-    for step in taken[0].keys() & taken[1].keys():
+    for step in [one for one in taken[0] if one in taken[1]]:
         mine, theirs = (found[step] for found in taken)
         calls = " and ".join(f"{median(one[2] for one in found[step]):.0f}" for found in taken)
         print(f"  {kind} {step:8} system calls {calls}", end="")
@@ -216,8 +236,8 @@ def _spread(ratios: list[float]) -> str:
 
 
 def _measured(what: list[str] | Callable[[], None]) -> tuple[float, float, int]:
-    # Wall-clock and CPU seconds of a process and its children, and the system calls that they made. The count is of a
-    # second process's, since tracing is not for nothing... and of this one: both do the same work.
+    # Wall-clock and CPU seconds of a process and its children, and the system calls that they made. Counting these
+    # costs a little for each, on both sides.
     gate, opened = os.pipe()
     pid = os.fork()
     if not pid:
@@ -225,7 +245,7 @@ def _measured(what: list[str] | Callable[[], None]) -> tuple[float, float, int]:
         os.read(gate, 1)
         code = 1
         try:
-            null = os.open("/lab/run/said" if os.path.isdir("/lab/run") else "/tmp/said", os.O_RDWR | os.O_CREAT, 0o600)
+            null = os.open(_SAID, os.O_RDWR | os.O_CREAT, 0o600)
             os.ftruncate(null, 0)
             os.dup2(null, 1)
             os.dup2(null, 2)
@@ -253,7 +273,7 @@ def _measured(what: list[str] | Callable[[], None]) -> tuple[float, float, int]:
     os.close(gate)
     os.close(opened)
     if status:
-        said = Path("/lab/run/said" if os.path.isdir("/lab/run") else "/tmp/said").read_text()
+        said = Path(_SAID).read_text()
         raise SystemExit(f"{what} ended with {status}: {said[-2000:]}")
     return wall, used.ru_utime + used.ru_stime, _events() - before
 

@@ -69,7 +69,8 @@ def difference(before: dict[str, str], after: dict[str, str], *, bound: bool = T
     """Return what is not as it was, a line each; tasks that ended or came since are compared with nobody.
 
     Nor are kernel workers whose mask nobody can set: one has the mask of the pool that it last worked for, and keeps it
-    when that pool is replaced, until the kernel ends it.
+    when that pool is replaced, until the kernel ends it. And an interrupt's thread follows its interrupt, of which the
+    kernel chooses the CPU anew whenever the mask is written.
 
     :param bound: whether kernel threads whose mask nobody but the kernel may set count as well
     """
@@ -78,7 +79,7 @@ def difference(before: dict[str, str], after: dict[str, str], *, bound: bool = T
         was, now = before.get(name), after.get(name)
         if was == now or (name.startswith("task ") and (was is None or now is None)):
             continue
-        if "(bound)" in name and (not bound or " kworker " in name):
+        if name.startswith("task ") and (" irq/" in name or ("(bound)" in name and (not bound or " kworker " in name))):
             continue
         lines.append(f"{name}: was {was}, is {now}")
     return lines
