@@ -5,7 +5,7 @@ ratios and counts of system calls are printed. Level ``sweep`` is compared with 
 level ``cpuset`` with ``cset shield``, which needs version 1 of the controller. ``command`` is a whole command with its
 interpreter's start; ``library`` is a process forked off one that has all modules loaded.
 
-    python -m bench.bench_isolation [-k KERNEL] [-s v1|v2] [-n RUNS] [-m MEGABYTES] [TASKS[xTHREADS] ...]
+    python -m bench.bench_isolation [-k KERNEL] [-s v1|v2] [-n RUNS] [-m MEGABYTES] [-p tuna|cset] [TASKS[xTHREADS] ...]
 """
 
 from __future__ import annotations
@@ -56,12 +56,13 @@ def main() -> int:
     parser.add_argument("-k", "--kernel", default="6.1")
     parser.add_argument("-s", "--setup", default="v1")
     parser.add_argument("-n", "--runs", type=int, default=9)
+    parser.add_argument("-p", "--peer", choices=["tuna", "cset"], help="with this one only")
     parser.add_argument("-m", "--megabytes", type=int, help="the machine's memory, if not as much as the tests' has")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("tasks", nargs="*", default=_TASKS)
     args = parser.parse_args()
     if args.inside:
-        return _inside(args.tasks, args.runs)
+        return _inside(args.tasks, args.runs, args.peer)
     from tests.vm import debian
     from tests.vm.image import HOME, project
     from tests.vm.machine import TOPOLOGIES, Kind, booted, resumed
@@ -83,6 +84,7 @@ def main() -> int:
         for path in Path(__file__).parent.glob("*.py"):
             archive.add(path, f"{HOME}/bench/{path.name}")
     argv = ["python3", "-m", "bench.bench_isolation", "--inside", "-n", str(args.runs), *args.tasks]
+    argv[4:4] = ["-p", args.peer] if args.peer else []
     with resumed(kind, booted(kind), lambda line: print(line, flush=True)) as guest, guest.limit(_LIMIT_S):
         guest.say({"do": "unpack"}, project(everything=True))
         guest.say({"do": "unpack"}, packed.getvalue())
@@ -92,7 +94,7 @@ def main() -> int:
 # -- inside --------------------------------------------------------------------------------------------
 
 
-def _inside(sizes: list[str], runs: int) -> int:
+def _inside(sizes: list[str], runs: int, peer: str | None) -> int:
     if not os.path.exists("/lab/inside.py"):
         raise SystemExit("--inside is for the virtual machine: it moves every task there is")
     os.environ.update(PYTHONPATH=_SITE, LC_ALL="C")
@@ -101,12 +103,15 @@ def _inside(sizes: list[str], runs: int) -> int:
     for name in ("event-fork", "overwrite"):
         (_TRACE / "options" / name).write_text("1")
     (_TRACE / "buffer_size_kb").write_text("64")
-    pairs = [(_hostpart("sweep"), _tuna()), (_hostpart("cpuset"), _cset() if v1 else _hostpart("sweep"))]
+    pairs = {
+        "tuna": (_hostpart("sweep"), _tuna()),
+        "cset": (_hostpart("cpuset"), _cset() if v1 else _hostpart("sweep")),
+    }
     for size in sizes:
         count, _, threads = size.partition("x")
         pids = _population(int(count), int(threads or 1))
         try:
-            for pair in pairs:
+            for pair in [pairs[peer]] if peer else pairs.values():
                 print(f"{_tasks()} tasks ({count}, {threads or 1} per process), {' / '.join(one.name for one in pair)}")
                 _compare(pair, runs, commands=True)
                 _compare(pair, runs, commands=False)
@@ -217,13 +222,15 @@ def _compare(pair: tuple[Way, Way], runs: int, *, commands: bool) -> None:
             done = {step: _measured(what) for step, what in (way.commands if commands else way.calls).items()}
             way.tidy()
             if number:  # the first fills caches
-                done.setdefault("all", tuple(map(sum, zip(*done.values(), strict=True))))
+                if commands or len(done) > 1:
+                    wall, cpu, calls = zip(*done.values(), strict=True)
+                    done.setdefault("all", (sum(wall), sum(cpu), sum(calls)))
                 for step, one in done.items():
                     found.setdefault(step, []).append(one)
     for step in [one for one in taken[0] if one in taken[1]]:
         mine, theirs = (found[step] for found in taken)
-        calls = " and ".join(f"{median(one[2] for one in found[step]):.0f}" for found in taken)
-        print(f"  {kind} {step:8} system calls {calls}", end="")
+        counts = " and ".join(f"{median(one[2] for one in found[step]):.0f}" for found in taken)
+        print(f"  {kind} {step:8} system calls {counts}", end="")
         for name, at in (("wall", 0), ("cpu", 1)):
             print(f"; {name} {_spread([a[at] / b[at] for a, b in zip(mine, theirs, strict=True)])}", end="")
         # For growth from size to size only: what a second is worth here is nobody's to know.

@@ -511,11 +511,16 @@ class Keeper:
         self._look_at_foreigners({member.pid for member in members})
 
     def _look_at_foreigners(self, ours: set[int]) -> None:
-        for cpu, pids in pinned_alone().items():
-            if cpu in self.model.pcpus:
-                known = self._foreign.setdefault(cpu, [])
-                new = [pid for pid in pids if pid not in ours and pid not in known]
-                known += new[: max(0, _FOREIGN_TOLD - len(known))]
+        found = {cpu: set(pids) - ours for cpu, pids in pinned_alone().items() if cpu in self.model.pcpus}
+        if any(found.values()):
+            # What the guest has forked since it was looked at is its own, and what is gone already was most likely too.
+            born = {member.pid for member in tree.descendants(os.getpid())}
+            there = pinned_alone()
+            found = {cpu: (pids - born).intersection(there.get(cpu, ())) for cpu, pids in found.items()}
+        for cpu, pids in found.items():
+            known = self._foreign.setdefault(cpu, [])
+            new = sorted(pids.difference(known))
+            known += new[: max(0, _FOREIGN_TOLD - len(known))]
 
     def _handle(self, astray: list[tuple[evidence.Drift, CpuSet]]) -> None:
         for drift, pin in astray:

@@ -31,14 +31,11 @@ class Unavailable(LabError):
 
 
 @contextlib.contextmanager
-def locked(name: str, *, wait: bool = True) -> Iterator[None]:
-    """Hold the cache's lock *name* against other processes.
-
-    :raises BlockingIOError: without *wait*, where another holds it
-    """
+def locked(name: str) -> Iterator[None]:
+    """Hold the cache's lock *name* against other processes."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / f"{name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

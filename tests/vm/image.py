@@ -61,11 +61,16 @@ case " $(cat /proc/cmdline) " in
     *) exec /bin/busybox init;;
 esac
 """
+# Without it the machine is of no use, and whoever waits for it is to hear that at once.
+_RESIDENT = """\
+#!/bin/sh
+cd /; /usr/bin/python3 -P /lab/inside.py </dev/null >/dev/ttyS0 2>&1
+sleep 1; poweroff -f
+"""
 _FILES = {
     "init": _INIT,
     "etc/inittab": "::once:/lab/resident\n",
-    "lab/resident": "#!/bin/sh\ncd /; /usr/bin/python3 -P /lab/inside.py </dev/null >/dev/ttyS0 2>&1\n"
-    "sleep 1; poweroff -f\n",
+    "lab/resident": _RESIDENT,
     "usr/bin/hostpart": '#!/bin/sh\nexec /usr/bin/python3 -P -m hostpart "$@"\n',
     "etc/passwd": "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n",
     "etc/group": "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n",
@@ -176,7 +181,7 @@ def _system(archive: _Cpio, debs: Path) -> None:
     for name in ("lib", "lib64"):
         archive.link(name, f"/usr/{name}")
     for name, text in _FILES.items():
-        archive.text(name.replace("bin/", "usr/bin/", 1) if name.startswith("bin/") else name, text)
+        archive.text(name, text)
     archive.copy("lab/inside.py", Path(__file__).with_name("inside.py"))
     found = [debs / name for name in _BINARIES]
     for path in found:

@@ -36,8 +36,9 @@ _CMDLINE = (
     "rcupdate.rcu_expedited=1 random.trust_cpu=on cryptomgr.notests raid=noautodetect nowatchdog "
     "systemd.show_status=0 systemd.log_target=kmsg systemd.journald=0"
 )
+# Of what takes some 10 s; each try has as many seconds more, for a machine that is busy.
 _TRIES = 5
-_BOOT_S = 60
+_TRY_S = 60
 # Memory that the guest sees behind a PCI device: a serial port moves 60 kB/s.
 _SHARED = 32 << 20
 _KEEP_S = 900
@@ -226,8 +227,8 @@ def booted(kind: Kind) -> Path:
     :raises LabError: if it can't be had
     """
 
-    def make(path: Path) -> None:
-        with Machine(kind, kind.start()) as machine, machine.limit(_BOOT_S):
+    def make(path: Path, limit_s: float) -> None:
+        with Machine(kind, kind.start()) as machine, machine.limit(limit_s):
             said = machine.hear()
             if "up" not in said:
                 raise LabError(f"the guest's image is not complete: {said}")
@@ -243,10 +244,10 @@ def collected(kind: Kind, packed: bytes) -> Path:
     """
     state = booted(kind)
 
-    def make(path: Path) -> None:
-        with resumed(kind, state) as machine, machine.limit(_BOOT_S):
+    def make(path: Path, limit_s: float) -> None:
+        with resumed(kind, state) as machine, machine.limit(limit_s):
             machine.say({"do": "unpack"}, packed)
-            said = machine.say({"do": "collect", "paths": ["tests/vm", "tests/vm/outcomes.py"]})
+            said = machine.say({"do": "collect", "folder": "tests/vm"})
             if "collected" not in said:
                 raise LabError("\n".join(["pytest could not start in the guest:", *machine.console[-60:]]))
             machine.save(path)
@@ -260,19 +261,19 @@ def _emulator() -> str:
     return subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True).stdout
 
 
-def _saved(label: str, contents: list[object], make: Callable[[Path], None]) -> Path:
+def _saved(label: str, contents: list[object], make: Callable[[Path, float], None]) -> Path:
     path = CACHE / "saved" / f"{label}-{digest([_emulator(), *contents])}" / "state"
     with locked(label):
         if not path.exists():
-            for left in reversed(range(_TRIES)):
+            for tries in range(1, _TRIES + 1):
                 try:
                     with filled(path.parent) as folder:
-                        make(folder / "state")
+                        make(folder / "state", _TRY_S * tries)
                     break
                 except Dead as dead:
                     (CACHE / "failed.log").write_text(f"{label}\n{dead}\n")
                     # QEMU 7.2 with a thread per CPU: now and then the guest falls over its own patched code.
-                    if not left:
+                    if tries == _TRIES:
                         raise
             # Others of this label are of images and sources that are no more; one just used may be another checkout's.
             for other in path.parent.parent.glob(f"{label}-" + "[0-9a-f]" * 16):
@@ -286,6 +287,6 @@ def _saved(label: str, contents: list[object], make: Callable[[Path], None]) -> 
 def resumed(kind: Kind, state: Path, heard: Callable[[str], None] | None = None) -> Iterator[Machine]:
     """Give a machine that goes on from where *state* was saved."""
     with Machine(kind, ["-incoming", f"exec:cat '{state}'"], heard) as machine:
-        with machine.limit(_BOOT_S):
+        with machine.limit(_TRIES * _TRY_S):
             machine.wake()
         yield machine

@@ -111,18 +111,14 @@ class Family:
 
 def kill_tree(pid: int) -> None:
     """Kill a process of the test's and all below it."""
-    os.kill(pid, signal.SIGSTOP)
     try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        children = []
-    for child in children:
-        kill_tree(int(child))
-    os.kill(pid, signal.SIGKILL)
-    try:
+        os.kill(pid, signal.SIGSTOP)
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            kill_tree(int(child))
+        os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    except ChildProcessError:
-        pass
+    except (ProcessLookupError, FileNotFoundError, ChildProcessError):
+        pass  # it has ended, or is another's child to wait for
 
 
 @pytest.fixture
