@@ -29,7 +29,7 @@ _PEERS = (
 )  # fmt: skip
 _SITE = "/lab/peers"
 _TRACE = Path("/sys/kernel/tracing")
-_TASKS = ("100", "1000", "1000x100", "10000x100")
+_TASKS = ("100", "1000x100")  # 5,000 threads are too many for the tests' machine
 _SAID = "/run/said"
 _LIMIT_S = 1500.0
 
@@ -88,7 +88,10 @@ def main() -> int:
     with resumed(kind, booted(kind), lambda line: print(line, flush=True)) as guest, guest.limit(_LIMIT_S):
         guest.say({"do": "unpack"}, project(everything=True))
         guest.say({"do": "unpack"}, packed.getvalue())
-        return int(str(guest.say({"do": "execute", "argv": argv, "cwd": HOME})["status"]))
+        status = int(str(guest.say({"do": "execute", "argv": argv, "cwd": HOME})["status"]))
+    if status < 0:
+        print(f"ended by signal {-status} in the machine: is its memory too small? see -m", file=sys.stderr)
+    return status if status >= 0 else 128 - status
 
 
 # -- inside --------------------------------------------------------------------------------------------

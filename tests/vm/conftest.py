@@ -4,8 +4,8 @@
 class or a file makes a case; the nearest mark's words count. Inside, the same files are collected and the functions
 really run.
 
-A case that names several machines runs on one of them, always the same, and on each with ``every``: a file's cases
-are so on all kernels together, in a third of the time. ``HOSTPART_VM_FULL=1`` and ``-k`` run all that there are.
+Cases marked ``every`` run each time, on every machine that they name. The others, which go through one mechanism write
+by write and take most of an hour, run with ``HOSTPART_VM_FULL=1``, or where ``-k`` asks for them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import zlib
 from typing import Any
 
 import pytest
@@ -85,21 +84,9 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if INSIDE or os.environ.get("HOSTPART_VM_FULL") == "1" or config.option.keyword:
         return
-    machines: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        wants = _wants(item)
-        if isinstance(item, pytest.Function) and wants and not wants["every"]:
-            name = "-".join(item.callspec.params["machine"])  # type: ignore[arg-type]
-            machines.setdefault(item.nodeid.replace(name, "", 1), []).append(item)
-    # By name, so that every process of a parallel run comes to the same choice.
-    left = {
-        item
-        for name, same in machines.items()
-        for number, item in enumerate(same)
-        if number != zlib.crc32(name.encode()) % len(same)
-    }
-    config.hook.pytest_deselected(items=sorted(left, key=lambda item: item.nodeid))
-    items[:] = [item for item in items if item not in left]
+    left = [item for item in items if (wants := _wants(item)) and not wants["every"]]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if not (wants := _wants(item)) or wants["every"]]
 
 
 def _reports(item: pytest.Function) -> list[pytest.TestReport]:

@@ -250,7 +250,7 @@ def _storm() -> None:
                     time.sleep(3)
                 time.sleep(0.01)
                 os._exit(0)
-            time.sleep(0.005)  # or the emulated machine does nothing else
+            time.sleep(0.03)  # or the emulated machine does nothing else
         except OSError:
             time.sleep(0.01)
 
