@@ -306,7 +306,9 @@ def test_killed_at_any_point_all_comes_back(
         finally:
             os._exit(0)
     status = os.waitpid(child, 0)[1]
-    assert os.waitstatus_to_exitcode(status) == (0 if point == "ledger.forget" and not returning else -9)
+    # A release forgets only tasks that have ended meanwhile, and there may be some.
+    code = os.waitstatus_to_exitcode(status)
+    assert code == -9 or (code == 0 and point == "ledger.forget" and not returning)
     back = sweep(ledger)
     assert masks(pids) == before
     assert (back.foreign, back.escapees) == ((), ())

@@ -237,7 +237,8 @@ def _python(archive: _Cpio) -> None:
 
 
 def _wanted(path: Path) -> bool:
-    return path.suffix in (".py", ".so") and not path.name.startswith(("_test", "_tkinter"))
+    # Debian's has a sitecustomize.py, too; the guest's own says where the project is.
+    return path.suffix in (".py", ".so") and not path.name.startswith(("_test", "_tkinter", "sitecustomize"))
 
 
 def _members(distribution: importlib.metadata.Distribution) -> Iterator[tuple[str, Path]]:

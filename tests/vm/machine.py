@@ -272,8 +272,9 @@ def _saved(label: str, contents: list[object], make: Callable[[Path, float], Non
                     break
                 except Dead as dead:
                     (CACHE / "failed.log").write_text(f"{label}\n{dead}\n")
-                    # QEMU 7.2 with a thread per CPU: now and then the guest falls over its own patched code.
-                    if tries == _TRIES:
+                    # QEMU 7.2 with a thread per CPU: now and then the guest falls over its own patched code. One that
+                    # switched itself off has said why, and would again.
+                    if tries == _TRIES or "Power down" in str(dead):
                         raise
             # Others of this label are of images and sources that are no more; one just used may be another checkout's.
             for other in path.parent.parent.glob(f"{label}-" + "[0-9a-f]" * 16):

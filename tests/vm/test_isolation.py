@@ -94,7 +94,7 @@ def test_the_host_is_as_it_was_after_a_normal_end(level: str, tmp_path: Path) ->
     assert sorted(re.findall(r"Cpus_allowed_list:\s*(\S+)", done.out)) == ["4", "6"]
     document = json.loads(evidence.read_text())
     assert document["isolation"]["reached"] == level
-    # Tainted it may be, by looks that come late under emulation, and at the lowest level by a task that is pinned there.
+    # Tainted it may be: by looks that come late under emulation, and at the lowest level by a task pinned there.
     assert document["verdict"] != "broken", document["reasons"]
     if level != "affinity":
         assert document["isolation"]["host"]["foreign"] == []
