@@ -41,7 +41,7 @@ _TRIES = 5
 _TRY_S = 60
 # Memory that the guest sees behind a PCI device: a serial port moves 60 kB/s.
 _SHARED = 32 << 20
-_KEEP_S = 900
+_KEEP_S = 300
 
 
 class Dead(LabError):
