@@ -191,7 +191,7 @@ def test_stop_with_no_grace_ends_a_paused_vm(place: Place) -> None:
 
 def test_stop_prints_json_where_asked(place: Place, sleeper: subprocess.Popen[str]) -> None:
     done = place.run("stop", "--json", "box")
-    assert json.loads(done.stdout) == {"schema": 1, "vm": "box", "state": "OFFLINE"}
+    assert json.loads(done.stdout) == {"schema": 1, "vm": "box", "state": "OFFLINE", "notes": []}
 
 
 def test_a_stopped_keeper_is_named_and_not_waited_for(place: Place, sleeper: subprocess.Popen[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .. import control
-from ..front import GRACE_S
+from ..front import GRACE_S, say
 from . import options
 
 __all__ = ["add", "run"]
@@ -36,8 +36,12 @@ def run(args: argparse.Namespace) -> int:
     """End them, one after the other."""
     for name in args.vm:
         answer = control.ask(control.find(name), name, {"do": "stop", "grace_s": args.time}, args.time + _KILL_WAIT_S)
+        # A VM of attached processes has no front that would have said so.
+        notes = answer.get("notes", [])
+        for text in notes:
+            say(text)
         if args.json:
             import json
 
-            print(json.dumps({"schema": 1, "vm": name, "state": answer["state"]}))
+            print(json.dumps({"schema": 1, "vm": name, "state": answer["state"], "notes": notes}))
     return 0

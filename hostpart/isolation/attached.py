@@ -67,7 +67,10 @@ def _threads(ledger: Ledger) -> list[_Thread]:
 
 def processes(ledger: Ledger) -> frozenset[int]:
     """Return the pids of processes that VMs have now; whoever sweeps leaves these, and what is below them, alone."""
-    return frozenset(one.pid for one in _threads(ledger) if not one.returning)
+    mine = [one for one in _threads(ledger) if not one.returning]
+    # A number that is another process's by now is not theirs.
+    gone = {one.pid for one in mine if one.tid == one.pid and procfs.start_time(one.pid) != one.start}
+    return frozenset(one.pid for one in mine) - gone
 
 
 # -- there ---------------------------------------------------------------------------------------------

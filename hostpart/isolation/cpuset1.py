@@ -50,6 +50,7 @@ __all__ = [
     "UNIFIED",
     "Obstacle",
     "check",
+    "handed_over",
     "held",
     "leaf",
     "mounted",
@@ -122,6 +123,11 @@ def obstacle(host: Host, ledger: Ledger, wanted: CpuSet) -> Obstacle | None:
                 f"{narrow if rest else f'end what is in /{base}/{name}'}, or ask for other pCPUs",
             )
     return None
+
+
+def handed_over(host: Host) -> bool:  # noqa: ARG001 - as version 2's
+    """Whether the home is in a partition of an administrator's: never, as version 1 has no partitions to hand over."""
+    return False
 
 
 def held(host: Host, ledger: Ledger) -> CpuSet:

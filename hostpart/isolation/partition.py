@@ -54,6 +54,7 @@ __all__ = [
     "UNIFIED",
     "Obstacle",
     "check",
+    "handed_over",
     "held",
     "leaf",
     "obstacle",
@@ -92,6 +93,12 @@ def obstacle(host: Host, ledger: Ledger, wanted: CpuSet) -> Obstacle | None:
         or _none_left(host, base, wanted)
         or _overlap(host, base, wanted)
     )
+
+
+def handed_over(host: Host) -> bool:
+    """Whether the home is in a partition that an administrator has made, and handed over: not at the tree's root."""
+    base = _base(host)
+    return not isinstance(base, Obstacle) and host.exists(f"{base}/cgroup.type")
 
 
 def held(host: Host, ledger: Ledger) -> CpuSet:

@@ -73,17 +73,22 @@ def _obstacle(level: str, scope: str, host: Host, ledger: Ledger, wanted: CpuSet
             )
         return "", ""
     if level == "cpuset":
-        if scope != "host":
+        sets = reconcile.cpusets(host)
+        # Of what an administrator has set apart and handed over nothing is taken from anybody else.
+        handed_over = sets.handed_over(host)
+        if scope != "host" and not handed_over:
             hint = "" if root else "sudo "
             return (
                 f"a cpuset keeps every task of the host off, and the scope is {scope!r}",
                 f"use --scope host: '{hint}hostpart run --scope host --isolation cpuset ...'",
             )
-        if not root:
+        if not root and not handed_over:
             return "taking pCPUs from other users' tasks for good needs root", "sudo hostpart ..."
         held = wanted | reconcile.released(ledger.holdings(), "cpuset")
-        found = reconcile.cpusets(host).obstacle(host, ledger, held)
+        found = sets.obstacle(host, ledger, held)
         return (found.problem, found.remedy) if found is not None else ("", "")
+    if not root:
+        return "interrupts and the online state of CPUs are root's to change", "sudo hostpart ..."
     for name in ("proc/irq/default_smp_affinity", *(f"sys/devices/system/cpu/cpu{cpu}/online" for cpu in wanted)):
         path = host.path(name)
         if host.exists(name) and not os.access(path, os.W_OK):

@@ -21,6 +21,7 @@ from ..cpuset import CpuSet
 from ..errors import Failed, HostpartError
 from ..host import Host
 from ..ledger import Known
+from ..procfs import start_time
 from ..value import Value
 from . import (
     affinity,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
     from ..ledger import Holding, Ledger
 
-__all__ = ["Busy", "Report", "cpusets", "reconcile", "released", "worded"]
+__all__ = ["Busy", "Report", "cpusets", "guests", "reconcile", "released", "worded"]
 
 # From which level on, in the order of a release; on the way back it is the other way round, so that irqbalance
 # goes on last.
@@ -112,6 +113,14 @@ def cpusets(host: Host) -> ModuleType:
     return cpuset1 if cpuset1.mounted(host) else partition
 
 
+def guests(ledger: Ledger) -> frozenset[int]:
+    """Return the processes below which all is a VM's, and no sweep's: live keepers, and those that were attached."""
+    # A number may be another process's by now, which is to be moved like any other.
+    keepers = (row for row in ledger.vms() if not row.service)
+    live = frozenset(row.keeper_pid for row in keepers if start_time(row.keeper_pid) == row.keeper_start)
+    return live | attached.processes(ledger)
+
+
 def reconcile(
     ledger: Ledger, host: Host | None = None, *, cycle: CpuSet | None = None, wait_s: float = _LOCK_WAIT_S
 ) -> Report:
@@ -159,7 +168,7 @@ def _reconcile(ledger: Ledger, host: Host, cycle: CpuSet) -> Report:
     holdings, known = ledger.holdings(), ledger.known()
     if not holdings and not known:
         return Report()
-    keepers = frozenset(row.keeper_pid for row in ledger.vms() if not row.service) | attached.processes(ledger)
+    keepers = guests(ledger)
     problems, foreign = attached.leave(host, ledger)
     report = Report(problems=(*_bring_online(ledger, host, known), *problems), foreign=tuple(foreign))
     sets = cpusets(host)

@@ -14,10 +14,10 @@ from workers import crash
 from ..cgroup import Leaf
 from ..cpuset import CpuSet
 from ..errors import HostpartError
-from . import affinity, attached
+from . import affinity
 from .level import LEVELS, Isolation, at_least
 from .reach import below, reach
-from .reconcile import Busy, Report, cpusets, reconcile, worded
+from .reconcile import Busy, Report, cpusets, guests, reconcile, worded
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Watch:
         if time.monotonic() < self._next_sweep:
             return False
         self._next_sweep = time.monotonic() + _SWEEP_S
-        return bool(affinity.escapees(self.host, self.ledger.holdings(), self._keepers()))
+        return bool(affinity.escapees(self.host, self.ledger.holdings(), guests(self.ledger)))
 
     def _mend(self, problems: tuple[str, ...], *, changed: bool) -> None:
         tries = [self._tries.get(problem, 0) for problem in problems]
@@ -200,10 +200,6 @@ class Watch:
         if not at_least(level, "cpuset"):
             return ()
         return tuple(cpusets(self.host).check(self.host, self.ledger.holdings()))
-
-    def _keepers(self) -> frozenset[int]:
-        keepers = frozenset(row.keeper_pid for row in self.ledger.vms() if not row.service)
-        return keepers | attached.processes(self.ledger)
 
     def _read_online(self) -> str:
         return self.host.read_text("sys/devices/system/cpu/online").strip()

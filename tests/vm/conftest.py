@@ -4,8 +4,8 @@
 class or a file makes a case; the nearest mark's words count. Inside, the same files are collected and the functions
 really run.
 
-Cases marked ``every`` run each time, on every machine that they name. The others, which go through one mechanism write
-by write and take most of an hour, run with ``HOSTPART_VM_FULL=1``, or where ``-k`` asks for them.
+Cases run each time on the kernels that ``every`` names; True stands for all. On the others, and where it names none,
+they run with ``HOSTPART_VM_FULL=1``, or where ``-k`` asks for them: all together take most of an hour.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def _wants(node: pytest.Item) -> dict[str, Any] | None:
     wants = dict(_DEFAULTS)
     for mark in reversed(marks):
         wants |= mark.kwargs
-    known = set(wants["kernels"]) <= set(debian.KERNELS) and set(wants["setups"]) <= set(SETUPS)
+    every = wants["every"]
+    wants["every"] = wants["kernels"] if every is True else tuple(every or ())
+    known = set(wants["kernels"]) | set(wants["every"]) <= set(debian.KERNELS) and set(wants["setups"]) <= set(SETUPS)
     if len(wants) != len(_DEFAULTS) or not known or wants["topology"] not in TOPOLOGIES:
         raise pytest.UsageError(f"{node.nodeid}: the mark vm has words that the lab does not know: {wants}")
     return wants
@@ -84,9 +86,19 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if INSIDE or os.environ.get("HOSTPART_VM_FULL") == "1" or config.option.keyword:
         return
-    left = [item for item in items if (wants := _wants(item)) and not wants["every"]]
+    left = [item for item in items if not _always(item)]
     config.hook.pytest_deselected(items=left)
-    items[:] = [item for item in items if not (wants := _wants(item)) or wants["every"]]
+    items[:] = [item for item in items if _always(item)]
+
+
+def _always(item: pytest.Item) -> bool:
+    wants = _wants(item)
+    if wants is None:
+        return True
+    assert isinstance(item, pytest.Function)
+    named: Any = item.callspec.params["machine"]
+    kernel, _ = named
+    return kernel in wants["every"]
 
 
 def _reports(item: pytest.Function) -> list[pytest.TestReport]:
