@@ -14,7 +14,7 @@ import time
 
 from . import __version__, control, evidence, procfs, recovery
 from .device_model import Caller, DeviceModel
-from .errors import Failed, HostpartError, NotPermitted, UsageError, worded
+from .errors import Failed, HostpartError, NotPermitted, UsageError, as_root, worded
 from .host import Host
 from .hypervisor import Hypervisor
 from .isolation import attached
@@ -53,7 +53,7 @@ def check_processes(pids: Sequence[int]) -> None:
         if procfs.read_stat(pid, None) is None or pid == 1 or procfs.is_kthread(pid):
             raise UsageError(f"pid {pid} is {'init' if pid == 1 else 'a kernel thread'}", "name processes of yours")
         if os.geteuid() != 0 and status.uid != os.geteuid():
-            raise NotPermitted(f"pid {pid} is another user's", "sudo hostpart attach ...")
+            raise NotPermitted(f"pid {pid} is another user's", as_root())
         if pid in held or pid in keepers or b"HOSTPART_RUN" in (procfs.environ(pid) or {}):
             raise UsageError(f"pid {pid} is hostpart's own, or in a VM already", "see 'hostpart ps'")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ __all__ = [
     "NotPermitted",
     "UnknownVm",
     "UsageError",
+    "as_root",
     "worded",
 ]
 
@@ -136,6 +138,17 @@ class DoesNotFit(HostpartError):
     @property
     def remedy(self) -> str:
         return self.fits
+
+
+def as_root() -> str:
+    """Return the command line that this process was started with, with ``sudo`` before it, to be typed as it stands.
+
+    sudo has a search path of its own, which has no virtual environment in it: the program is named as it was found.
+    """
+    import shlex
+
+    command = sys.argv if os.path.basename(sys.argv[0]) == "hostpart" else [sys.executable, *sys.orig_argv[1:]]
+    return f"sudo {shlex.join(command)}"
 
 
 def worded(error: OSError) -> HostpartError:

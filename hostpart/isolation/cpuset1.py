@@ -19,6 +19,7 @@ import os
 import signal
 
 from ..cpuset import CpuSet
+from ..errors import as_root
 from ..ledger import Known
 from .cgroup_files import (
     Obstacle,
@@ -92,7 +93,7 @@ def obstacle(host: Host, ledger: Ledger, wanted: CpuSet) -> Obstacle | None:
     if any(mount.readonly for mount in mounts(host) if mount.directory == base):
         return Obstacle(f"/{base} is mounted read-only", f"mount -o remount,rw /{base}")
     if not ours(host, base, f"{base}/tasks", f"{base}/cpuset.sched_load_balance"):
-        return Obstacle(f"/{base} can't be written by uid {os.geteuid()}", "sudo hostpart ...")
+        return Obstacle(f"/{base} can't be written by uid {os.geteuid()}", as_root())
     known = _KEY + base in ledger.known()
     for name in (_HOME, _SYSTEM):
         if not known and host.exists(f"{base}/{name}"):

@@ -23,6 +23,7 @@ import os
 
 from ..cgroup import own_cgroup
 from ..cpuset import CpuSet
+from ..errors import as_root
 from ..ledger import Known
 from .cgroup_files import (
     Obstacle,
@@ -489,7 +490,7 @@ def _base(host: Host) -> str | Obstacle:
     if trees[top].readonly:
         return Obstacle(f"/{top} is mounted read-only", f"mount -o remount,rw /{top}")
     if roots and os.geteuid():
-        return Obstacle(f"/{top} belongs to root, and this is uid {os.geteuid()}", "sudo hostpart ...")
+        return Obstacle(f"/{top} belongs to root, and this is uid {os.geteuid()}", as_root())
     if roots:
         return Obstacle(
             f"/{top} can't be written, although this is uid 0", "run it on the host and not inside a container"

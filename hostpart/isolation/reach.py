@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from ..cpuset import CpuSet
-from ..errors import NotPermitted, UsageError
+from ..errors import NotPermitted, UsageError, as_root
 from . import reconcile
 from .level import LEVELS, Isolation, Wish, at_least
 from .scope import default_scope, parse
@@ -62,7 +62,7 @@ def _obstacle(level: str, scope: str, host: Host, ledger: Ledger, wanted: CpuSet
     root = os.geteuid() == 0
     if level == "sweep":
         if not root and not scope.startswith(("user", "tree:", "cgroup:")):
-            return f"scope {scope!r} has other users' tasks in it, which only root may move", "sudo hostpart ..."
+            return f"scope {scope!r} has other users' tasks in it, which only root may move", as_root()
         online = CpuSet.parse(host.read_text("sys/devices/system/cpu/online"))
         if len(online) < 2:
             return "this host has one CPU online, and the host itself needs that", "bring another CPU online"
@@ -76,19 +76,18 @@ def _obstacle(level: str, scope: str, host: Host, ledger: Ledger, wanted: CpuSet
         sets = reconcile.cpusets(host)
         # Of what an administrator has set apart and handed over nothing is taken from anybody else.
         handed_over = sets.handed_over(host)
-        if scope != "host" and not handed_over:
-            hint = "" if root else "sudo "
+        if not handed_over and scope != "host" and (root or scope != "user"):
             return (
                 f"a cpuset keeps every task of the host off, and the scope is {scope!r}",
-                f"use --scope host: '{hint}hostpart run --scope host --isolation cpuset ...'",
+                f"run it {'' if root else 'as root '}with --scope host",
             )
         if not root and not handed_over:
-            return "taking pCPUs from other users' tasks for good needs root", "sudo hostpart ..."
+            return "taking pCPUs from other users' tasks for good needs root", as_root()
         held = wanted | reconcile.released(ledger.holdings(), "cpuset")
         found = sets.obstacle(host, ledger, held)
         return (found.problem, found.remedy) if found is not None else ("", "")
     if not root:
-        return "interrupts and the online state of CPUs are root's to change", "sudo hostpart ..."
+        return "interrupts and the online state of CPUs are root's to change", as_root()
     for name in ("proc/irq/default_smp_affinity", *(f"sys/devices/system/cpu/cpu{cpu}/online" for cpu in wanted)):
         path = host.path(name)
         if host.exists(name) and not os.access(path, os.W_OK):
