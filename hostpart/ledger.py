@@ -268,6 +268,8 @@ class Ledger:
     :raises LedgerUnusable: where the file is damaged, newer than this hostpart, read-only or the disk is full
     """
 
+    _of_this_boot = False  # whether that is known of all that is remembered; later rows can be of no other
+
     def __init__(self, directory: str | None = None) -> None:
         self.directory = directory or runtime_directory()
         self.path = f"{self.directory}/ledger.sqlite"
@@ -421,7 +423,9 @@ class Ledger:
         found: dict[str, Known] = {}
         alike: dict[tuple[str, str], Known] = {}  # thousands of tasks had the same, and are to share one value
         with self._worded():
-            self._db.execute("DELETE FROM baseline WHERE boot_id != ?", (boot_id(),))
+            if not self._of_this_boot:
+                self._db.execute("DELETE FROM baseline WHERE boot_id != ?", (boot_id(),))
+                self._of_this_boot = True
             where = "" if tasks else _NO_TASKS
             rows = self._db.execute(f"SELECT setting, value, ours FROM baseline {where} ORDER BY rowid")  # noqa: S608 - our own words
             for key, value, ours in rows:

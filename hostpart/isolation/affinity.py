@@ -468,8 +468,8 @@ class _Sweep:
             self._is_right(task)
             return None, known
         there = task.mask & free
-        gap = task.mask ^ want
-        if not gap & self.online and not there and want != baseline and self._is_ours(task, now, known):
+        gone = not there and want != baseline and not (task.mask ^ want) & self.online
+        if gone and self._is_ours(task, now, known):
             # The kernel forgets CPUs that are offline, before Linux 6.2 any task's; there is no more to be had now.
             self._is_right(task)
             return None, known
@@ -498,7 +498,7 @@ class _Sweep:
         else:
             _MOVED.pop(key, None)
         # What the kernel may make of it is as much ours as what is asked for, should this be killed in between.
-        ours = (now, str(want), str(want & self.online)) if want - self.online else (now, str(want))
+        ours = (now, str(want)) if want <= self.online else (now, str(want), str(want & self.online))
         return want, self._known(known.baseline, tuple(dict.fromkeys(ours)))
 
     def _is_ours(self, task: Task, now: str, known: Known) -> bool:
