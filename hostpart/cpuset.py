@@ -19,8 +19,9 @@ class CpuSet:
     ascending order.
     """
 
-    __slots__ = ("mask",)
+    __slots__ = ("_text", "mask")
     mask: int
+    _text: str
 
     def __init__(self, mask: int = 0) -> None:
         if mask < 0:
@@ -139,6 +140,13 @@ class CpuSet:
         return CpuSet, (self.mask,)
 
     def __str__(self) -> str:
+        try:
+            return self._text  # thousands of tasks have one mask, and each is remembered in words
+        except AttributeError:
+            object.__setattr__(self, "_text", self._worded())
+            return self._text
+
+    def _worded(self) -> str:
         spans: list[str] = []
         mask, base = self.mask, 0
         while mask:

@@ -45,6 +45,8 @@ class Host:
         self.live = root == "/"
         self.rehearses = False
         self._folders: dict[str, str] = {}
+        self._cpus = CpuSet()  # as last given to a task, and its members
+        self._members: tuple[int, ...] = ()
 
     @staticmethod
     def open(path: str) -> Host:
@@ -183,8 +185,10 @@ class Host:
 
         :raises OSError: as :func:`os.sched_setaffinity` does
         """
+        if cpus is not self._cpus:
+            self._cpus, self._members = cpus, tuple(cpus)  # one mask after the other is the same, for thousands
         self._point("before", "affinity")
-        os.sched_setaffinity(tid, cpus)
+        os.sched_setaffinity(tid, self._members)
         self._point("after", "affinity")
 
     def signal(self, pid: int, number: int) -> None:

@@ -69,6 +69,8 @@ _STEPS = (
     """,
 )
 _BUSY_MS = 5000
+# Kinds of keys whose settings are tasks; as ranges, which the table's index finds without a look at each row.
+_NO_TASKS = "WHERE setting < 'kthread:' OR (setting >= 'kthread;' AND setting < 'task:') OR setting >= 'task;'"
 
 
 class LedgerUnusable(HostpartError):
@@ -266,6 +268,8 @@ class Ledger:
     :raises LedgerUnusable: where the file is damaged, newer than this hostpart, read-only or the disk is full
     """
 
+    _of_this_boot = False  # whether that is known of all that is remembered; later rows can be of no other
+
     def __init__(self, directory: str | None = None) -> None:
         self.directory = directory or runtime_directory()
         self.path = f"{self.directory}/ledger.sqlite"
@@ -411,12 +415,25 @@ class Ledger:
                 for token, keeper, front, level, scope, pcpus, idle, mems, cycle in self._db.execute(sql, (boot_id(),))
             ]
 
-    def known(self) -> dict[str, Known]:
-        """Return what is remembered of host settings, by key; what was of another boot is forgotten."""
+    def known(self, *, tasks: bool = True) -> dict[str, Known]:
+        """Return what is remembered of host settings, by key; what was of another boot is forgotten.
+
+        :param tasks: those of tasks too, of which there may be thousands
+        """
+        found: dict[str, Known] = {}
+        alike: dict[tuple[str, str], Known] = {}  # thousands of tasks had the same, and are to share one value
         with self._worded():
-            self._db.execute("DELETE FROM baseline WHERE boot_id != ?", (boot_id(),))
-            rows = self._db.execute("SELECT setting, value, ours FROM baseline ORDER BY rowid")
-            return {key: Known(value, tuple(ours.split("\n")) if ours else ()) for key, value, ours in rows}
+            if not self._of_this_boot:
+                self._db.execute("DELETE FROM baseline WHERE boot_id != ?", (boot_id(),))
+                self._of_this_boot = True
+            where = "" if tasks else _NO_TASKS
+            rows = self._db.execute(f"SELECT setting, value, ours FROM baseline {where} ORDER BY rowid")  # noqa: S608 - our own words
+            for key, value, ours in rows:
+                known = alike.get((value, ours))
+                if known is None:
+                    known = alike[value, ours] = Known(value, tuple(ours.split("\n")) if ours else ())
+                found[key] = known
+        return found
 
     def remembers(self) -> bool:
         """Whether anything is remembered of host settings."""

@@ -211,6 +211,67 @@ def test_nothing_held_and_nothing_remembered_reads_nothing(ledger: Ledger, monke
     assert sweep(ledger) == Swept()
 
 
+class Opened:
+    """Which tasks' files with the mask were opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.tids: set[int] = set()
+        real = affinity._slurp
+
+        def slurp(path: str) -> bytes:
+            if path.endswith("/status"):
+                self.tids.add(int(path.split("/")[-2]))
+            return real(path)
+
+        monkeypatch.setattr(affinity, "_slurp", slurp)
+
+
+def _all_online() -> bool:
+    folder = Path("/sys/devices/system/cpu")
+    return (folder / "online").read_text() == (folder / "possible").read_text()
+
+
+def test_the_file_is_read_of_tasks_only_whose_mask_the_call_does_not_surely_tell(
+    tree: Tree, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free, pinned = tree.start(), tree.start(KEPT)
+    everywhere = mask(free) == sorted(CpuSet.parse(Path("/sys/devices/system/cpu/possible").read_text()))
+    opened = Opened(monkeypatch)
+    sweep(ledger, tree.holding())
+    assert pinned in opened.tids
+    assert (free in opened.tids) is not everywhere
+    opened.tids.clear()
+    sweep(ledger)
+    # What is in the ledger is sure while no CPU is offline.
+    assert (free in opened.tids, pinned in opened.tids) == (not _all_online(), not _all_online())
+    assert (mask(free), mask(pinned)) == (USABLE, [KEPT])
+
+
+def test_all_are_read_from_files_where_a_cpu_came_or_went_meanwhile(
+    tree: Tree, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = tree.start()
+    said = [f"{KEPT}\n"]
+
+    class Changing(Host):
+        def read_text(self, name: str) -> str:
+            return said.pop() if name.endswith("/online") and said else super().read_text(name)
+
+    opened = Opened(monkeypatch)
+    settle(Changing(), ledger, [tree.holding()], ())
+    assert free in opened.tids
+    assert TAKEN not in mask(free)
+
+
+def test_a_scope_that_goes_by_the_user_reads_whose_each_task_is(
+    tree: Tree, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = tree.start()
+    opened = Opened(monkeypatch)
+    settle(Rehearsal(), ledger.copy(), [tree.holding().replace(scope="user")], ())
+    assert {free, os.getpid()} <= opened.tids
+
+
 def test_a_rehearsal_lists_what_it_would_do_and_does_nothing(tree: Tree, ledger: Ledger) -> None:
     pids = population(tree)
     before = masks(pids)

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hostpart.errors import HostpartError
-from hostpart.ledger import Ledger, LedgerUnusable, NameTaken, VcpuRow, VmRow, runtime_directory
+from hostpart.ledger import Known, Ledger, LedgerUnusable, NameTaken, VcpuRow, VmRow, runtime_directory
 from tests.conftest import Place
 
 NOBODY = 65534
@@ -509,3 +509,10 @@ def test_a_closed_ledger_is_a_mistake_of_the_caller_s_not_a_damaged_file(tmp_pat
     ledger.close()
     with pytest.raises(sqlite3.ProgrammingError):
         ledger.vms()
+
+
+def test_settings_are_told_without_the_tasks(ledger: Ledger) -> None:
+    keys = ["kthread", "kthread:1:2", "kthreads:1", "task:3:4", "tasks", "attached:t:1:2:3", "sys/a", "wide", ""]
+    ledger.remember({key: Known("0-1", ("0",)) for key in keys})
+    assert list(ledger.known()) == keys
+    assert list(ledger.known(tasks=False)) == [key for key in keys if not key.startswith(("task:", "kthread:"))]

@@ -13,6 +13,7 @@ whose tasks are covered is :mod:`hostpart.isolation.scope`'s.
 from __future__ import annotations
 
 import errno
+import gc
 import os
 
 from ..cpuset import CpuSet
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     from ..host import Host
     from ..ledger import Holding, Ledger
 
-__all__ = ["Swept", "Task", "escapees", "read_tasks", "settle"]
+__all__ = ["UNREAD", "Swept", "Task", "escapees", "read_tasks", "settle"]
+
+UNREAD = -1
 
 _KTHREAD = 0x00200000  # PF_KTHREAD and
 _NO_SETAFFINITY = 0x04000000  # PF_NO_SETAFFINITY, include/linux/sched.h: nobody but the kernel may set the mask
@@ -54,7 +57,7 @@ class Task(Value):
     :ivar start: clock ticks since boot; with *tid* it names the thread for as long as the machine is up
     :ivar ppid: its process's parent
     :ivar flags: the kernel's ``PF_`` bits
-    :ivar uid: the real user id
+    :ivar uid: the real user id; :data:`UNREAD` where nobody asked for it
     :ivar mask: ``Cpus_allowed_list`` as it is stored: Linux numbers, CPUs that are offline included
     """
 
@@ -81,7 +84,10 @@ class Task(Value):
     @property
     def key(self) -> str:
         """Its name in the ledger."""
-        return f"{_KINDS[self.kthread]}:{self.tid}:{self.start}"
+        name: str | None = self.__dict__.get("key")  # asked for several times, of thousands
+        if name is None:
+            name = self.__dict__["key"] = f"{_KINDS[self.kthread]}:{self.tid}:{self.start}"
+        return name
 
 
 class Swept(Value):
@@ -117,7 +123,15 @@ def settle(host: Host, ledger: Ledger, holdings: Iterable[Holding], guests: Coll
     :raises OSError: what the kernel is not known to answer to sched_setaffinity(2)
     :raises LedgerUnusable: as :class:`hostpart.ledger.Ledger` does; nothing was written that is not in it
     """
-    return _Sweep(host, ledger, holdings, guests).run()
+    # Tens of thousands of values are made here, and none is in a ring: the collector would go through all of them time
+    # and again, for a fifth of the CPU time with 10,000 tasks, and for more than its share the more there are.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return _Sweep(host, ledger, holdings, guests).run()
+    finally:
+        if collects:
+            gc.enable()
 
 
 def escapees(host: Host, holdings: Iterable[Holding], guests: Collection[int]) -> list[int]:
@@ -167,53 +181,61 @@ def read_tasks(host: Host) -> dict[int, Task]:
 
     A recorded machine has none.
     """
-    return _read_all({}) if host.live else {}
+    return _read_all({}, {}) if host.live else {}
 
 
-def _read_all(masks: dict[bytes, CpuSet]) -> dict[int, Task]:
+def _read_all(masks: dict[bytes, CpuSet], plain: dict[frozenset[int], CpuSet]) -> dict[int, Task]:
+    # In *plain* is what the kernel's answer to sched_getaffinity(2) is sure to mean.
     found: dict[int, Task] = {}
     for pid in _pids():
-        stat = _slurp(f"/proc/{pid}/stat")
-        task = _task(pid, pid, stat, _slurp(f"/proc/{pid}/status"), masks)
+        task, threads = _read_with_count(pid, pid, masks, plain)
         if task is None:
             continue
         found[pid] = task
-        if stat[stat.rindex(b")") + 2 :].split(None, 18)[17] != b"1":
+        if threads != b"1":
             for tid in _listed(pid):
-                if tid != pid and (thread := _read(pid, tid, masks)) is not None:
+                if tid != pid and (thread := _read_with_count(pid, tid, masks, plain)[0]) is not None:
                     found[tid] = thread
     return found
 
 
 def _read(pid: int, tid: int, masks: dict[bytes, CpuSet]) -> Task | None:
+    return _read_with_count(pid, tid, masks, {})[0]
+
+
+def _read_with_count(
+    pid: int, tid: int, masks: dict[bytes, CpuSet], plain: dict[frozenset[int], CpuSet]
+) -> tuple[Task | None, bytes]:
+    # A task, and how many threads its process has.
     folder = f"/proc/{pid}" if pid == tid else f"/proc/{pid}/task/{tid}"
     # The figures of the main thread differ from the process's in times only, which nobody asks for here.
-    return _task(pid, tid, _slurp(f"{folder}/stat"), _slurp(f"{folder}/status"), masks)
-
-
-def _task(pid: int, tid: int, stat: bytes, status: bytes, masks: dict[bytes, CpuSet]) -> Task | None:
-    at = status.find(b"\nCpus_allowed_list:")
-    if not stat or at < 0:
-        return None
-    text = status[at + 19 : status.index(b"\n", at + 19)]
-    mask = masks.get(text)
-    if mask is None:  # a host has few of them
-        mask = masks[text] = CpuSet.parse(text.decode("ascii"))
+    stat = _slurp(f"{folder}/stat")
+    if not stat:
+        return None, b""
+    mask, uid = None, UNREAD
+    if plain:
+        try:
+            mask = plain.get(frozenset(os.sched_getaffinity(tid)))
+        except OSError:
+            return None, b""  # it has ended
+    if mask is None:
+        # This file takes the kernel twice as long as all else that is asked of a task.
+        status = _slurp(f"{folder}/status")
+        at = status.find(b"\nCpus_allowed_list:")
+        if at < 0:
+            return None, b""
+        text = status[at + 19 : status.index(b"\n", at + 19)]
+        mask = masks.get(text)
+        if mask is None:  # a host has few of them
+            mask = masks[text] = CpuSet.parse(text.decode("ascii"))
+        at = status.index(b"\nUid:") + 5
+        uid = int(status[at : at + 16].split(None, 1)[0])
     # The name stands in parentheses and may hold any byte: only the last ")" is the kernel's.
     name, end = stat.index(b"("), stat.rindex(b")")
     field = stat[end + 2 :].split(None, 20)
-    uid = status.index(b"\nUid:") + 5
-    return Task(
-        tid,
-        pid,
-        int(field[19]),
-        int(field[1]),
-        int(field[3]),
-        int(field[6]),
-        stat[name + 1 : end].decode("utf-8", "backslashreplace"),
-        int(status[uid : uid + 16].split(None, 1)[0]),
-        mask,
-    )
+    comm = stat[name + 1 : end].decode("utf-8", "backslashreplace")
+    task = Task(tid, pid, int(field[19]), int(field[1]), int(field[3]), int(field[6]), comm, uid, mask)
+    return task, field[17]
 
 
 def _slurp(path: str) -> bytes:
@@ -301,6 +323,12 @@ class _Sweep:
         self.wide = frozenset(remembered[_WIDE].ours) if _WIDE in remembered else frozenset[str]()
         self.online = CpuSet()
         self.masks: dict[bytes, CpuSet] = {}
+        # A host has few masks and many tasks: what follows from one is made once.
+        self.parsed: dict[str, CpuSet] = {}
+        self.wants: dict[tuple[int, int], CpuSet] = {}
+        self.rights: dict[int, set[int]] = {}
+        self.alike: dict[tuple[str, tuple[str, ...]], Known] = {}
+        self.everybody = CpuSet()  # the pCPUs that all of the host's tasks are to be kept off
         self.tasks: dict[int, Task] = {}
         # What sched_getaffinity(2) says of a task that is as it should be; None for those that are let be.
         self.right: dict[int, set[int] | None] = {}
@@ -314,8 +342,7 @@ class _Sweep:
     def run(self) -> Swept:
         if self.first and not self.released:
             return Swept()
-        self.online = CpuSet.parse(self.host.read_text("sys/devices/system/cpu/online"))
-        self.tasks = _read_all(self.masks)
+        self._read_tasks()
         self._find_missed()
         _LEFT.clear()
         passes = clean = 0
@@ -343,6 +370,30 @@ class _Sweep:
         said = {name: _sentences(found.values()) for name, found in self.said.items()}
         said["refused"] += more
         return Swept(self.moved, passes, **said)
+
+    def _read_tasks(self) -> None:
+        self.online = self._cpus("online")
+        self.tasks = _read_all(self.masks, self._plain())
+        online = self._cpus("online")
+        if online != self.online:
+            self.online = online
+            self.tasks = _read_all(self.masks, {})
+
+    def _plain(self) -> dict[frozenset[int], CpuSet]:
+        # sched_getaffinity(2) costs a twentieth of the file with the mask, but hides CPUs that are offline. Who may run
+        # on all that there can ever be, may; and of those that have what hostpart wrote, or found, nothing is hidden
+        # while all are online. The file is asked for any other, and where a scope goes by the user, whom only it names.
+        if any(parse(scope).kind == "user" for scope in self.scopes):
+            return {}
+        possible = self._cpus("possible")
+        found = {frozenset(possible): possible}
+        if self.online == possible:
+            for one in self.wide.union(*({known.baseline, *known.ours} for known in self._kinds())):
+                found[frozenset(self._parsed(one))] = self._parsed(one)
+        return found
+
+    def _cpus(self, name: str) -> CpuSet:
+        return CpuSet.parse(self.host.read_text(f"sys/devices/system/cpu/{name}"))
 
     # Threads come and go while a process's are listed, and the kernel may skip one then: no task that is remembered is
     # given up because a list did not show it.
@@ -380,13 +431,16 @@ class _Sweep:
     def _step(self, tasks: Iterable[Task]) -> bool:
         # Whether anything had to be written. What was, is in the ledger first, all in one transaction.
         lineage = _Lineage(self.tasks, self.guests, self.masks)
+        descends = lineage.known
         mine = []
         for task in tasks:
-            if lineage.is_guest(task.tgid):
+            if descends[task.tgid] if task.tgid in descends else lineage.is_guest(task.tgid):
                 self.right[task.tid] = None
             else:
                 mine.append(task)
-        self.covers = [(cpus, parse(scope).covers(self.host, self.tasks)) for scope, cpus in self.scopes.items()]
+        scopes = [(cpus, parse(text)) for text, cpus in self.scopes.items()]
+        self.everybody = CpuSet.of(cpu for cpus, scope in scopes if scope.kind == "host" for cpu in cpus)
+        self.covers = [(cpus, one.covers(self.host, self.tasks)) for cpus, one in scopes if one.kind != "host"]
         self.led_to = self.ended = None
         changed: dict[str, Known] = {}
         writes: list[tuple[Task, CpuSet]] = []
@@ -417,14 +471,14 @@ class _Sweep:
                 self._leave(task, f"may run on {there}: its mask is the kernel's alone to set")
             return None, known
         free = self._released_to(task)
-        baseline = CpuSet.parse(known.baseline)
+        baseline = self._parsed(known.baseline)
         want = self._wanted(task, baseline, free)
         if task.mask == want:
             self._is_right(task)
             return None, known
         there = task.mask & free
-        gap = task.mask ^ want
-        if not gap & self.online and not there and want != baseline and self._is_ours(task, now, known):
+        gone = not there and want != baseline and not (task.mask ^ want) & self.online
+        if gone and self._is_ours(task, now, known):
             # The kernel forgets CPUs that are offline, before Linux 6.2 any task's; there is no more to be had now.
             self._is_right(task)
             return None, known
@@ -453,8 +507,8 @@ class _Sweep:
         else:
             _MOVED.pop(key, None)
         # What the kernel may make of it is as much ours as what is asked for, should this be killed in between.
-        ours = (now, str(want), str(want & self.online)) if want - self.online else (now, str(want))
-        return want, Known(known.baseline, tuple(dict.fromkeys(ours)))
+        ours = (now, str(want)) if want <= self.online else (now, str(want), str(want & self.online))
+        return want, self._known(known.baseline, tuple(dict.fromkeys(ours)))
 
     def _is_ours(self, task: Task, now: str, known: Known) -> bool:
         # Whether it is as hostpart may have left it.
@@ -465,24 +519,48 @@ class _Sweep:
 
     def _released_to(self, task: Task) -> CpuSet:
         # The pCPUs that this task is to be kept off.
-        found = CpuSet()
+        found = self.everybody
         for cpus, covers in self.covers:
             if covers(task):
                 found |= cpus
         return found
 
     def _wanted(self, task: Task, baseline: CpuSet, free: CpuSet) -> CpuSet:
-        if not free & baseline:
-            return baseline
-        rest = baseline - free
-        if rest & self.online:
+        want = self.wants.get((baseline.mask, free.mask))
+        if want is not None:
+            return want
+        rest = baseline - free if free & baseline else baseline
+        if rest == baseline or rest & self.online:
+            self.wants[baseline.mask, free.mask] = rest
             return rest
         # It was pinned to nothing else. Its own cpuset may not have all that the service VM keeps.
         service = self.online - self.released
         return service & _cpuset(self.host, task.tid, service) or service
 
     def _is_right(self, task: Task) -> None:
-        self.right[task.tid] = set(task.mask & self.online)
+        self.right[task.tid] = self._right(task.mask)
+
+    def _right(self, mask: CpuSet) -> set[int]:
+        found = self.rights.get(mask.mask)
+        if found is None:
+            found = self.rights[mask.mask] = set(mask & self.online)
+        return found
+
+    def _parsed(self, text: str) -> CpuSet:
+        found = self.parsed.get(text)
+        if found is None:
+            found = self.parsed[text] = CpuSet.parse(text)
+        return found
+
+    def _known(self, baseline: str, ours: tuple[str, ...] = ()) -> Known:
+        found = self.alike.get((baseline, ours))
+        if found is None:
+            found = self.alike[baseline, ours] = Known(baseline, ours)
+        return found
+
+    def _kinds(self) -> Collection[Known]:
+        # What is remembered, of those that are alike one.
+        return {id(known): known for known in self.known.values()}.values()
 
     def _say(self, what: str, task: Task, text: str = "") -> None:
         self.said[what][task.key] = task, text
@@ -498,9 +576,9 @@ class _Sweep:
         # What a task that is not in the ledger had "before": what whoever gave it its mask had.
         now = str(task.mask)
         if self.first or task.bound:
-            return Known(now)
+            return self._known(now)
         baseline = self._inherited(task, now)
-        return Known(baseline, () if baseline == now else (now,))
+        return self._known(baseline, () if baseline == now else (now,))
 
     def _inherited(self, task: Task, now: str) -> str:
         nearest: Known | None = None
@@ -587,7 +665,7 @@ class _Sweep:
         self.moved += 1
         if self.host.rehearses:
             return
-        right = set(want & self.online)
+        right = self._right(want)
         try:
             if want <= self.online and os.sched_getaffinity(task.tid) == right:
                 self.right[task.tid] = right
@@ -621,12 +699,15 @@ class _Sweep:
     def _prune(self) -> None:
         # Of those that have ended, the ledger keeps whoever a task born since may be traced back to.
         alive = {task.key for task in self.tasks.values()}
+        gone = self.known.keys() - alive
+        if not gone:
+            return
         sessions = {task.session for task in self.tasks.values()}
-        kinds = {self.known[key] for key in alive if key in self.known}
+        kinds = set({id(known): known for key, known in self.known.items() if key in alive}.values())
         ended = []
-        for key, known in self.known.items():
-            tid = int(key.split(":")[1])
-            if key in alive or tid in sessions or (tid not in self.tasks and os.path.exists(f"/proc/{tid}")):
+        for key in [key for key in self.known if key in gone]:
+            tid, known = int(key.split(":")[1]), self.known[key]
+            if tid in sessions or (tid not in self.tasks and os.path.exists(f"/proc/{tid}")):
                 continue
             if known in kinds:
                 ended.append(key)

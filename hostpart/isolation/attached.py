@@ -56,7 +56,7 @@ class _Thread(Value):
 
 def _threads(ledger: Ledger) -> list[_Thread]:
     found = []
-    for key, known in ledger.known().items():
+    for key, known in ledger.known(tasks=False).items():
         kind, _, rest = key.partition(":")
         if kind == _KIND:
             token, tid, pid, start = rest.split(":")

@@ -94,7 +94,7 @@ def obstacle(host: Host, ledger: Ledger, wanted: CpuSet) -> Obstacle | None:
         return Obstacle(f"/{base} is mounted read-only", f"mount -o remount,rw /{base}")
     if not ours(host, base, f"{base}/tasks", f"{base}/cpuset.sched_load_balance"):
         return Obstacle(f"/{base} can't be written by uid {os.geteuid()}", as_root())
-    known = _KEY + base in ledger.known()
+    known = _KEY + base in ledger.known(tasks=False)
     for name in (_HOME, _SYSTEM):
         if not known and host.exists(f"{base}/{name}"):
             return Obstacle(
@@ -134,7 +134,7 @@ def handed_over(host: Host) -> bool:  # noqa: ARG001 - as version 2's
 def held(host: Host, ledger: Ledger) -> CpuSet:
     """Return the pCPUs (Linux numbers) that the home has to itself at this moment."""
     kept = CpuSet()
-    for base in _bases(ledger.known()):
+    for base in _bases(ledger.known(tasks=False)):
         if _flag(host, f"{base}/{_HOME}/cpuset.cpu_exclusive"):
             kept |= cpus(host, f"{base}/{_HOME}/cpuset.cpus")
     return kept
@@ -199,7 +199,7 @@ def settle(host: Host, ledger: Ledger, holdings: Iterable[Holding]) -> list[str]
     :return: what could not be done, a sentence each
     :raises OSError: what the kernel is not known to answer here
     """
-    wants, known = _wants(holdings), ledger.known()
+    wants, known = _wants(holdings), ledger.known(tasks=False)
     pins = masks(host, [f"{one}/tasks" for base in _bases(known) for one in below(host, f"{base}/{_HOME}")])
     try:
         if wants:

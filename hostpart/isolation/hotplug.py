@@ -62,7 +62,7 @@ def cycle(host: Host, ledger: Ledger, cpus: CpuSet) -> list[str]:
     """
     problems: list[str] = []
     before = _online(host)
-    ours = [cpu for key in ledger.known() if (cpu := _number(key)) is not None]
+    ours = [cpu for key in ledger.known(tasks=False) if (cpu := _number(key)) is not None]
     chosen = []
     for cpu in cpus & before:
         if host.exists(_key(cpu)):

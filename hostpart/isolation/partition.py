@@ -105,7 +105,7 @@ def handed_over(host: Host) -> bool:
 def held(host: Host, ledger: Ledger) -> CpuSet:
     """Return the pCPUs (Linux numbers) that the home keeps from other tasks at this moment."""
     kept = CpuSet()
-    for base in _bases(ledger.known()):
+    for base in _bases(ledger.known(tasks=False)):
         kept |= cpus(host, f"{base}/{_HOME}/cpuset.cpus") - _effective(host, base)
     return kept
 
@@ -183,7 +183,7 @@ def settle(host: Host, ledger: Ledger, holdings: Iterable[Holding]) -> list[str]
     :return: what could not be done, a sentence each
     :raises OSError: what the kernel is not known to answer here
     """
-    wants, known = _wants(holdings), ledger.known()
+    wants, known = _wants(holdings), ledger.known(tasks=False)
     pins = masks(host, [f"{one}/cgroup.threads" for base in _bases(known) for one in below(host, f"{base}/{_HOME}")])
     try:
         if wants:
@@ -387,7 +387,7 @@ def _no_controller(host: Host, base: str) -> Obstacle | None:
 
 def _not_ours(host: Host, ledger: Ledger, base: str) -> Obstacle | None:
     home = f"{base}/{_HOME}"
-    if not host.exists(home) or _KEY + base in ledger.known():
+    if not host.exists(home) or _KEY + base in ledger.known(tasks=False):
         return None
     return Obstacle(
         f"there is a cgroup /{home} that this ledger ({ledger.path}) knows nothing of",

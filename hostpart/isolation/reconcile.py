@@ -165,8 +165,8 @@ def _lock(directory: str, wait_s: float) -> int:
 
 
 def _reconcile(ledger: Ledger, host: Host, cycle: CpuSet) -> Report:
-    holdings, known = ledger.holdings(), ledger.known()
-    if not holdings and not known:
+    holdings, known = ledger.holdings(), ledger.known(tasks=False)
+    if not holdings and not known and not ledger.remembers():
         return Report()
     keepers = guests(ledger)
     problems, foreign = attached.leave(host, ledger)
@@ -209,7 +209,7 @@ def _sweep(host: Host, ledger: Ledger, holdings: list[Holding], keepers: frozens
 
 
 def _settle(host: Host, ledger: Ledger, holdings: list[Holding]) -> Report:
-    known = ledger.known()
+    known = ledger.known(tasks=False)
     service = CpuSet.parse(host.read_text("sys/devices/system/cpu/online")) - released(holdings, "sweep")
     outcomes: list[Outcome] = []
     for level, mechanism in _SETTINGS if holdings else reversed(_SETTINGS):
