@@ -5,11 +5,13 @@ It is emulated (QEMU's TCG, which needs no rights and runs in containers), so th
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import socket
 import subprocess
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +44,15 @@ _TRY_S = 60
 # Memory that the guest sees behind a PCI device: a serial port moves 60 kB/s.
 _SHARED = 32 << 20
 _KEEP_S = 300
+_LOADER = "lab/drivers/load"
+# Devices with message-signalled interrupts: network cards on a wire that leads nowhere, a port that nobody listens to,
+# and a disk without content, whose queues the kernel spreads itself.
+_DEVICES = (
+    "-netdev", "hubport,id=wire0,hubid=0", "-device", "virtio-net-pci,netdev=wire0,mac=52:54:00:00:00:01,romfile=",
+    "-netdev", "hubport,id=wire1,hubid=0", "-device", "vmxnet3,netdev=wire1,mac=52:54:00:00:00:02,romfile=",
+    "-chardev", "null,id=nobody", "-device", "virtio-serial-pci", "-device", "virtserialport,chardev=nobody",
+    "-blockdev", "null-co,node-name=nothing,size=1048576", "-device", "virtio-blk-pci,drive=nothing,num-queues=4",
+)  # fmt: skip
 
 
 class Dead(LabError):
@@ -75,7 +86,24 @@ class Kind:
         # Their interrupts can be steered: the serial ports' and the virtual PCI slots' (MSI).
         for slot in range(4):
             command += ["-device", f"pcie-root-port,id=slot{slot},chassis={slot + 1},bus=pcie.0"]
-        return command
+        return [*command, *_DEVICES]
+
+    def drivers(self) -> bytes:
+        """Return a tar archive of the devices' drivers, as far as its kernel has none built in, with what loads them.
+
+        It is to be unpacked at ``/``.
+        """
+        packed, lines = io.BytesIO(), ["#!/bin/sh"]
+        with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+            for path in debian.modules(self.kernel):
+                archive.add(path, f"lab/drivers/{path.name}")
+                lines.append(f"insmod /lab/drivers/{path.name} || exit")
+            lines += ["for card in /sys/class/net/*; do ip link set ${card##*/} up || exit; done", ""]
+            entry = tarfile.TarInfo(_LOADER)
+            script = "\n".join(lines).encode()
+            entry.size, entry.mode = len(script), 0o755
+            archive.addfile(entry, io.BytesIO(script))
+        return packed.getvalue()
 
     def start(self) -> list[str]:
         """Return the options that boot it."""
@@ -206,7 +234,8 @@ class Machine:
         with self.process.stdout as lines:
             for text in lines:
                 line = text.rstrip("\r\n")
-                if "TCG doesn't support" not in line:
+                # A wire that leads nowhere is meant to.
+                if "TCG doesn't support" not in line and "not connected to host network" not in line:
                     self.console.append(line)
                     if self._heard:
                         self._heard(line)
@@ -232,9 +261,13 @@ def booted(kind: Kind) -> Path:
             said = machine.hear()
             if "up" not in said:
                 raise LabError(f"the guest's image is not complete: {said}")
+            machine.say({"do": "unpack"}, drivers)
+            if machine.say({"do": "execute", "argv": [f"/{_LOADER}"], "cwd": "/"})["status"]:
+                raise LabError("\n".join(["the guest could not load a driver:", *machine.console[-60:]]))
             machine.save(path)
 
-    return _saved(f"boot-{kind.label}", [*kind.command(), *kind.start(), _SHARED], make)
+    drivers = kind.drivers()
+    return _saved(f"boot-{kind.label}", [*kind.command(), *kind.start(), _SHARED, drivers], make)
 
 
 def collected(kind: Kind, packed: bytes) -> Path:

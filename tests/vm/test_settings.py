@@ -47,7 +47,8 @@ def bring(ledger: Ledger, released: str, host: Host | None = None) -> dict[str, 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
     """A ledger of the test's own; RPS is on, some masks differ, and all is as it was when the test has ended."""
-    put(RPS, "ff")
+    for number, path in enumerate(queues()):
+        put(path, ("ff", "3c", "30")[number % 3] if path != RPS else "ff")
     put("/proc/irq/4/smp_affinity_list", "4")
     put("/proc/irq/3/smp_affinity_list", "2,4-5")
     before = fingerprint(tasks=False)
@@ -82,16 +83,27 @@ def cpus(path: str) -> set[int]:
     return {cpu for low, _, high in spans for cpu in range(int(low), int(high or low) + 1)}
 
 
+def queues() -> list[str]:
+    """Return what steers the packets of each network queue: the loopback's, and of the cards that have a driver."""
+    return sorted(glob.glob("/sys/class/net/*/queues/rx-*/rps_cpus"))
+
+
+def spread() -> set[str]:
+    """Return the masks of interrupts whose driver has the kernel spread them over all CPUs: a virtual disk's."""
+    return {path.rpartition("/")[0] + "/smp_affinity_list" for path in glob.glob("/proc/irq/*/virtio*-req.*")}
+
+
 def masks() -> list[str]:
     """Return the masks that hostpart narrows and that can be changed."""
-    fixed = {"/proc/irq/0/smp_affinity_list", "/proc/irq/2/smp_affinity_list"}  # a PC's timer and cascade
+    # A PC's timer and cascade.
+    fixed = {"/proc/irq/0/smp_affinity_list", "/proc/irq/2/smp_affinity_list", *spread()}
     found = [
         "/proc/irq/default_smp_affinity",
         *(set(glob.glob("/proc/irq/*/smp_affinity_list")) - fixed),
         f"{WORKQUEUE}/cpumask",
         f"{WORKQUEUE}/writeback/cpumask",
         "/proc/sys/kernel/watchdog_cpumask",
-        RPS,
+        *queues(),
     ]
     return [path for path in found if os.path.exists(path)]
 
@@ -174,6 +186,42 @@ def test_an_interrupt_that_cannot_be_steered_is_left_and_named(ledger: Ledger) -
         assert (one.what, one.now, cpus("/" + one.key)) == ("refused", one.was, set(range(8)))
         assert "does not let this interrupt be steered" in one.why
         assert one.key not in ledger.known()
+
+
+@pytest.mark.vm(kernels=("6.1", "6.12"))  # those whose package of drivers the mirror has
+def test_a_queue_that_the_kernel_spreads_itself_is_left_and_named_where_it_would_be_moved(ledger: Ledger) -> None:
+    there = {path: cpus(path) for path in spread()}
+    assert sorted(map(sorted, there.values())) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    outcomes = bring(ledger, "4-6")
+    for path, was in there.items():
+        one = outcomes[path[1:]]
+        assert (one.what, cpus(path)) == ("refused" if was & {4, 5, 6} else "kept", was)
+        if one.what == "refused":
+            assert "does not let this interrupt be steered; it goes to CPU " in one.why
+        assert one.key not in ledger.known()
+
+
+@pytest.mark.vm(kernels=("6.1", "6.12"))
+def test_the_queues_of_a_network_card_leave_the_released_pcpus_and_come_back(ledger: Ledger) -> None:
+    steered = {path: cpus(path) for path in queues() if "/lo/" not in path}
+    assert len(steered) == 9
+    interrupts = {
+        f"{os.path.dirname(path)}/smp_affinity_list": CpuSet.parse(get(f"{os.path.dirname(path)}/smp_affinity_list"))
+        for path in glob.glob("/proc/irq/*/eth1-rxtx-*")
+    }
+    assert len(interrupts) == 8
+    for number, path in enumerate(sorted(interrupts)):
+        put(path, str(number))
+    bring(ledger, "4-5")
+    for path, was in steered.items():
+        assert cpus(path) == (was - {4, 5} or {0, 1, 2, 3, 6, 7})
+    for number, path in enumerate(sorted(interrupts)):
+        assert cpus(path) == ({0, 1, 2, 3, 6, 7} if number in (4, 5) else {number})
+    bring(ledger, "")
+    assert {path: cpus(path) for path in steered} == steered
+    for number, (path, mask) in enumerate(sorted(interrupts.items())):
+        assert cpus(path) == {number}
+        put(path, str(mask))
 
 
 def test_a_rehearsal_lists_every_write_once_and_makes_none(ledger: Ledger) -> None:
