@@ -14,7 +14,7 @@ from workers import crash
 from ..cgroup import Leaf
 from ..cpuset import CpuSet
 from ..errors import HostpartError
-from . import affinity, attached
+from . import affinity, attached, irq
 from .level import LEVELS, Isolation, at_least
 from .reach import below, reach
 from .reconcile import Busy, Report, cpusets, reconcile, worded
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Watch"]
 
-_SWEEP_S = 1.0  # between two searches for tasks that put themselves back
+_SWEEP_S = 1.0  # between two searches for tasks that put themselves back, and for new interrupts
 _TRIES = 3  # mendings of one problem: whoever undoes it each time is not to be fought
 _SLEPT_S = 1.0  # the clock that counts suspend ran ahead by more than this: the host was suspended
 
@@ -56,6 +56,7 @@ class Watch:
         self._pcpus = CpuSet.parse(row.pcpus) | CpuSet.parse(row.idle)
         self._next_sweep = 0.0
         self._online = ""
+        self._interrupts: tuple[int, ...] = ()
         self._asleep_s = _asleep()
         self._tries: dict[str, int] = {}
         self._told: set[str] = set()
@@ -140,6 +141,8 @@ class Watch:
         if time.monotonic() < self._next_sweep:
             return False
         self._next_sweep = time.monotonic() + _SWEEP_S
+        if at_least(self.isolation.reached, "full") and irq.numbers(self.host) != self._interrupts:
+            return True  # a device came or went
         return bool(affinity.escapees(self.host, self.ledger.holdings(), self._keepers()))
 
     def _mend(self, problems: tuple[str, ...], *, changed: bool) -> None:
@@ -189,10 +192,12 @@ class Watch:
 
     def _reconcile(self, cycle: CpuSet, wait_s: float | None = None) -> Report:
         more = {} if wait_s is None else {"wait_s": wait_s}
+        interrupts = irq.numbers(self.host)
         try:
             report = reconcile(self.ledger, self.host, cycle=cycle, **more)
         except OSError as error:
             raise worded(error) from error
+        self._interrupts = interrupts
         self.report |= report
         return report
 

@@ -1,4 +1,6 @@
-"""Debian's packages for the lab: kernels with some drivers, and programs that the guest runs. Nothing is installed on this machine.
+"""Debian's packages for the lab: kernels with some drivers, and programs that the guest runs.
+
+Nothing is installed on this machine.
 
 apt works in a folder of the cache, with lists and a package state of its own, on the mirror that this machine's own
 sources name. What goes where in the guest is left to :mod:`tests.vm.image`.

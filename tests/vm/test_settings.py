@@ -11,13 +11,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from hostpart.cpuset import CpuSet
 from hostpart.host import Host
-from hostpart.isolation import irq, irqbalance, rps, stat_interval, watchdog, workqueue, writeback
+from hostpart.isolation import LEVELS, irqbalance, reconcile
 from hostpart.isolation.setting import Outcome, settle
 from hostpart.ledger import Ledger
 from hostpart.rehearsal import Rehearsal
@@ -26,21 +25,16 @@ from workers import crash
 
 pytestmark = pytest.mark.vm()
 
-MODULES: tuple[ModuleType, ...] = (irqbalance, irq, workqueue, writeback, watchdog, stat_interval, rps)
 RPS = "/sys/class/net/lo/queues/rx-0/rps_cpus"
 WORKQUEUE = "/sys/devices/virtual/workqueue"
 CGROUP = "/sys/fs/cgroup"
 
 
 def bring(ledger: Ledger, released: str, host: Host | None = None) -> dict[str, Outcome]:
-    """Settle every mechanism as a reconcile does, with the CPUs of this list released."""
-    host, known, taken = host or Host(), ledger.known(), CpuSet.parse(released)
+    """Settle every mechanism as a reconcile does, with the CPUs of this list released at the highest level."""
+    taken = CpuSet.parse(released)
     service = CpuSet.parse(Path("/sys/devices/system/cpu/online").read_text()) - taken
-    outcomes: list[Outcome] = []
-    for module in MODULES if taken else MODULES[::-1]:
-        there = {one.key: one for one in module.settings(host)} if taken else {}
-        there |= {key: one for key in known if (one := module.of(key)) is not None and key not in there}
-        outcomes += settle(there.values(), known, taken, service, host, ledger.remember, ledger.forget)
+    outcomes = reconcile.bring(host or Host(), ledger, dict.fromkeys(LEVELS, taken), service)
     return {one.key: one for one in outcomes}
 
 
@@ -237,6 +231,96 @@ def test_a_rehearsal_lists_every_write_once_and_makes_none(ledger: Ledger) -> No
         assert copy.known() == {}
     assert ledger.known() == {}
     assert difference(before, fingerprint(tasks=False)) == []
+
+
+# -- interrupts that come and go -----------------------------------------------------------------------
+
+
+PORT = "0000:00:07.0"  # a virtual port, whose driver every kernel has
+DRIVER = "/sys/bus/pci/drivers/virtio-pci"
+
+
+def port() -> dict[str, str]:
+    """Return the masks of the port's interrupts, by file; none while it has no driver."""
+    found = [os.path.dirname(path) for path in glob.glob("/proc/irq/*/virtio1-*")]
+    return {f"{folder}/smp_affinity_list": get(f"{folder}/smp_affinity_list") for folder in found}
+
+
+@pytest.fixture
+def unplugged(ledger: Ledger) -> Iterator[dict[str, str]]:
+    """The port has no driver; what its interrupts get where nothing is released."""
+    put(f"{DRIVER}/unbind", PORT)
+    put(f"{DRIVER}/bind", PORT)
+    masks = port()
+    put(f"{DRIVER}/unbind", PORT)
+    assert (len(masks), port()) == (2, {})
+    yield masks
+    if not port():
+        put(f"{DRIVER}/bind", PORT)
+
+
+@pytest.mark.parametrize("later", ["", "4-6", "6"], ids=["not looked at", "with more released", "with others released"])
+def test_an_interrupt_that_appears_meanwhile_ends_with_what_it_would_have_had(
+    ledger: Ledger, unplugged: dict[str, str], later: str
+) -> None:
+    bring(ledger, "4-5")
+    put(f"{DRIVER}/bind", PORT)
+    assert all(not cpus(path) & {4, 5} for path in port())
+    if later:
+        bring(ledger, later)
+        gone = {cpu for cpu in range(8) if cpu in CpuSet.parse(later)}
+        for path, mask in unplugged.items():
+            assert cpus(path) == set(CpuSet.parse(mask)) - gone
+    bring(ledger, "")
+    assert (port(), ledger.known()) == (unplugged, {})
+
+
+def test_an_interrupt_that_goes_and_comes_between_two_looks_ends_with_what_it_had(
+    ledger: Ledger, unplugged: dict[str, str]
+) -> None:
+    put(f"{DRIVER}/bind", PORT)
+    bring(ledger, "4-5")
+    put(f"{DRIVER}/unbind", PORT)
+    put(f"{DRIVER}/bind", PORT)
+    bring(ledger, "4-6")
+    bring(ledger, "")
+    assert (port(), ledger.known()) == (unplugged, {})
+
+
+def test_a_new_interrupt_that_somebody_steered_stays_where_they_did(ledger: Ledger, unplugged: dict[str, str]) -> None:
+    bring(ledger, "4-5")
+    put(f"{DRIVER}/bind", PORT)
+    theirs = min(port())
+    put(theirs, "1-2")
+    bring(ledger, "")
+    assert (port(), ledger.known()) == (unplugged | {theirs: "1-2"}, {})
+
+
+def test_an_old_interrupt_with_just_the_narrowed_mask_is_not_taken_for_a_new_one(ledger: Ledger) -> None:
+    was = get("/proc/irq/10/smp_affinity_list")
+    put("/proc/irq/10/smp_affinity_list", "0-3,6-7")
+    for released in ("4-5", "4-5", ""):
+        bring(ledger, released)
+        assert get("/proc/irq/10/smp_affinity_list") == "0-3,6-7"
+    put("/proc/irq/10/smp_affinity_list", was)
+
+
+@pytest.mark.parametrize("point", ["write.before", "write.after", "ledger.remember.after", "ledger.forget.before"])
+def test_killed_at_any_point_a_new_interrupt_ends_with_what_it_would_have_had(
+    ledger: Ledger, unplugged: dict[str, str], tmp_path: Path, point: str
+) -> None:
+    died = 0
+    for number in itertools.count(1, 7):
+        bring(ledger, "4-5")
+        put(f"{DRIVER}/bind", PORT)
+        was_killed = dies(tmp_path, f"{point}@{number}", ("4-6", ""))
+        bring(ledger, "")
+        assert (port(), ledger.known()) == (unplugged, {}), number
+        put(f"{DRIVER}/unbind", PORT)
+        if not was_killed:
+            break
+        died += 1
+    assert died >= 3
 
 
 # -- death at every point ------------------------------------------------------------------------------
