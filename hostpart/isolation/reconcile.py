@@ -166,6 +166,9 @@ def _reconcile(ledger: Ledger, host: Host, cycle: CpuSet) -> Report:
     sets = cpusets(host)
     inside = sets.held(host, ledger)  # what the cgroups keep from the host at this moment
     if cycle or not released(holdings, "cpuset") <= inside:
+        if sets.remembered(known):
+            # It is broken, and the kernel has rewritten masks with it as when it is removed.
+            ledger.remember({_WIDE: Known("", sets.wide(host, holdings))})
         # What a partition still has is not to be given back to tasks before it is gone.
         there = [*holdings, *_as_holdings(inside)]
         report |= _sweep(host, ledger, there, keepers)

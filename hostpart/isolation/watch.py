@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["Watch"]
 
 _SWEEP_S = 1.0  # between two searches for tasks that put themselves back, and for new interrupts
-_TRIES = 3  # mendings of one problem: whoever undoes it each time is not to be fought
+_TRIES = 3  # mendings of one problem in a row: whoever undoes it each time is not to be fought
+_AGAIN_S = 10.0  # and then one at such intervals: what stood in the way may have gone
 _SLEPT_S = 1.0  # the clock that counts suspend ran ahead by more than this: the host was suspended
 
 
@@ -59,6 +60,7 @@ class Watch:
         self._interrupts: tuple[int, ...] = ()
         self._asleep_s = _asleep()
         self._tries: dict[str, int] = {}
+        self._again = 0.0
         self._told: set[str] = set()
         self._fds: list[int] = []
 
@@ -147,8 +149,9 @@ class Watch:
 
     def _mend(self, problems: tuple[str, ...], *, changed: bool) -> None:
         tries = [self._tries.get(problem, 0) for problem in problems]
-        if problems and min(tries) >= _TRIES and not changed:
+        if problems and min(tries) >= _TRIES and not changed and time.monotonic() < self._again:
             return
+        self._again = time.monotonic() + _AGAIN_S
         self._tries |= {problem: count + 1 for problem, count in zip(problems, tries, strict=True)}
         try:
             report = self._reconcile(CpuSet(), wait_s=0.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import queue
 import shutil
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from tests.vm import debian
 from tests.vm.cache import CACHE, LabError, digest, filled, locked
@@ -44,6 +46,7 @@ _TRY_S = 60
 # Memory that the guest sees behind a PCI device: a serial port moves 60 kB/s.
 _SHARED = 32 << 20
 _KEEP_S = 300
+_ASLEEP_S = 8.0
 _LOADER = "lab/drivers/load"
 # Devices with message-signalled interrupts: network cards on a wire that leads nowhere, a port that nobody listens to,
 # and a disk without content, whose queues the kernel spreads itself.
@@ -112,7 +115,11 @@ class Kind:
 
 
 class Machine:
-    """A running machine. Leaving its ``with`` block ends it."""
+    """A running machine. Leaving its ``with`` block ends it.
+
+    One that suspends itself is woken after some seconds. An alarm of its own clock would be missed where the way down
+    takes longer than that.
+    """
 
     def __init__(self, kind: Kind, options: list[str], heard: Callable[[str], None] | None = None) -> None:
         self.console: list[str] = []
@@ -135,6 +142,9 @@ class Machine:
         self._sockets = ours
         self._reader = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
+        self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._attendant = threading.Thread(target=self._attend, daemon=True)
+        self._attendant.start()
         try:
             self._ask("qmp_capabilities")
         except BaseException:
@@ -148,6 +158,7 @@ class Machine:
         self.process.kill()
         self.process.wait()
         self._reader.join()
+        self._attendant.join()
         os.close(self._shared)
         for end in (self._port, self._qmp, *self._sockets):
             try:
@@ -215,19 +226,35 @@ class Machine:
             time.sleep(0.02)
 
     def _ask(self, command: str, **arguments: object) -> dict[str, object]:
+        self._order({"execute": command, "arguments": arguments})
+        answer = self._answers.get()
+        if answer is None:
+            self._answers.put(None)
+            raise self._dead()
+        if "error" in answer:
+            raise LabError(f"QEMU refused {command}: {answer['error']}")
+        found: dict[str, object] = answer["return"]
+        return found
+
+    def _order(self, order: dict[str, object]) -> None:
         try:
-            self._qmp.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+            self._qmp.write(json.dumps(order).encode() + b"\n")
             self._qmp.flush()
-            while line := self._qmp.readline():
-                answer = json.loads(line)
-                if "error" in answer:
-                    raise LabError(f"QEMU refused {command}: {answer['error']}")
-                if "return" in answer:
-                    found: dict[str, object] = answer["return"]
-                    return found
         except OSError:
+            pass  # it has ended, which its end of the socket tells
+
+    def _attend(self) -> None:
+        try:
+            while line := self._qmp.readline():
+                said = json.loads(line)
+                if said.get("event") == "SUSPEND":
+                    time.sleep(_ASLEEP_S)
+                    self._order({"execute": "system_wakeup", "id": "alarm"})
+                elif said.keys() & {"return", "error"} and said.get("id") != "alarm":
+                    self._answers.put(said)
+        except (OSError, ValueError):
             pass
-        raise self._dead()
+        self._answers.put(None)
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
