@@ -54,6 +54,8 @@ ExecStopPost={command} restore
 KillMode=mixed
 TimeoutStopSec=60
 Restart=no
+# 128 and SIGTERM's number: what the front says when it was told to stop, and did.
+SuccessExitStatus=143
 # A cgroup below this one for each guest, and no controller with it: systemd leaves on what it once switched on.
 Delegate=
 OOMPolicy=continue

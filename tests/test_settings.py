@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +15,19 @@ from hostpart.cpuset import CpuSet
 from hostpart.device_model import refused
 from hostpart.errors import UsageError
 from hostpart.host import Host
-from hostpart.isolation import hotplug, irq, irqbalance, mems, rps, stat_interval, watchdog, workqueue, writeback
+from hostpart.isolation import (
+    LEVELS,
+    hotplug,
+    irq,
+    irqbalance,
+    mems,
+    reconcile,
+    rps,
+    stat_interval,
+    watchdog,
+    workqueue,
+    writeback,
+)
 from hostpart.isolation.setting import MaskFile, Outcome, settle
 from hostpart.ledger import Known, Ledger
 from workers.vcpu import STAGES
@@ -156,6 +169,82 @@ def test_an_interrupt_that_cannot_be_steered_is_said_with_where_it_goes(
     assert (outcome.what, key in ledger.known()) == ("refused", False)
     assert "does not let this interrupt be steered" in outcome.why
     assert where in outcome.why
+
+
+def reconciled(host: Host, ledger: Ledger, released: str) -> None:
+    """Bring every setting to where a reconcile would, with the CPUs of this list released at the highest level."""
+    taken = CpuSet.parse(released)
+    reconcile.bring(host, ledger, dict.fromkeys(LEVELS, taken), CpuSet.parse("0-7") - taken)
+
+
+def plug(host: Tree, number: int, mask: str, node: int = -1) -> None:
+    """Have an interrupt appear, with the mask that the kernel gives it."""
+    folder = Path(host.path(f"proc/irq/{number}"))
+    folder.mkdir()
+    (folder / "smp_affinity_list").write_text(mask + "\n")
+    (folder / "node").write_text(f"{node}\n")
+
+
+def mask_of(host: Tree, number: int) -> str:
+    """Return an interrupt's mask."""
+    return host.read_text(f"proc/irq/{number}/smp_affinity_list").strip()
+
+
+@pytest.mark.parametrize(
+    ("released", "node", "begins", "ends"),
+    [
+        ("4-5", -1, "0-3,6-7", "0-7"),
+        ("4-5", 1, "6-7", "4-7"),
+        ("4-5", 0, "0-3", "0-3"),
+        ("4-7", 1, "0-3", "4-7"),  # nothing of its node was left
+        ("4-5", -1, "1", "1"),  # its driver chose it
+        ("4-5", 1, "0-3,6-7", "0-3,6-7"),
+    ],
+)
+@pytest.mark.parametrize("between", [(), ("4-6",), ("6", "1,6")])
+def test_an_interrupt_that_appears_meanwhile_has_afterwards_what_it_would_have_had(
+    host: Tree, ledger: Ledger, released: str, node: int, begins: str, ends: str, between: tuple[str, ...]
+) -> None:
+    for number, its in enumerate(("0-3", "4-7")):
+        path = Path(host.path(f"sys/devices/system/node/node{number}"))
+        path.mkdir()
+        (path / "cpulist").write_text(its + "\n")
+    reconciled(host, ledger, released)
+    plug(host, 30, begins, node)
+    for others in between:
+        reconciled(host, ledger, others)
+        assert not CpuSet.parse(mask_of(host, 30)) & CpuSet.parse(others)
+    reconciled(host, ledger, "")
+    assert (mask_of(host, 30), ledger.known()) == (ends, {})
+
+
+def test_an_interrupt_that_was_there_with_the_narrowed_mask_keeps_it(host: Tree, ledger: Ledger) -> None:
+    plug(host, 30, "0-3,6-7")
+    for released in ("4-5", "4-6", "4-5", ""):
+        reconciled(host, ledger, released)
+    assert (mask_of(host, 30), ledger.known()) == ("0-3,6-7", {})
+
+
+def test_an_interrupt_that_comes_back_under_its_number_is_a_new_one(host: Tree, ledger: Ledger) -> None:
+    plug(host, 30, "1,4")
+    reconciled(host, ledger, "4-5")
+    shutil.rmtree(host.path("proc/irq/30"))
+    reconciled(host, ledger, "4-5")
+    plug(host, 30, "0-3,6-7")
+    reconciled(host, ledger, "")
+    assert (mask_of(host, 30), ledger.known()) == ("0-7", {})
+
+
+def test_an_interrupt_that_comes_while_the_default_is_put_back_is_not_forgotten(host: Tree, ledger: Ledger) -> None:
+    class Plugged(Tree):
+        def write_text(self, name: str, text: str) -> None:
+            if name == "proc/irq/default_smp_affinity":
+                plug(self, 30, "0-3,6-7")
+            super().write_text(name, text)
+
+    reconciled(host, ledger, "4-5")
+    reconciled(Plugged(Path(host.root), {}), ledger, "")
+    assert (mask_of(host, 30), ledger.known()) == ("0-7", {})
 
 
 def test_on_a_read_only_machine_everything_is_refused_and_nothing_remembered(host: Tree, ledger: Ledger) -> None:

@@ -42,12 +42,13 @@ from .setting import Outcome, settle
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from types import ModuleType
     from typing import Any
 
     from ..ledger import Holding, Ledger
 
-__all__ = ["Busy", "Report", "cpusets", "guests", "reconcile", "released", "worded"]
+__all__ = ["Busy", "Report", "bring", "cpusets", "guests", "reconcile", "released", "worded"]
 
 # From which level on, in the order of a release; on the way back it is the other way round, so that irqbalance
 # goes on last.
@@ -174,6 +175,9 @@ def _reconcile(ledger: Ledger, host: Host, cycle: CpuSet) -> Report:
     sets = cpusets(host)
     inside = sets.held(host, ledger)  # what the cgroups keep from the host at this moment
     if cycle or not released(holdings, "cpuset") <= inside:
+        if sets.remembered(known):
+            # It is broken, and the kernel has rewritten masks with it as when it is removed.
+            ledger.remember({_WIDE: Known("", sets.wide(host, holdings))})
         # What a partition still has is not to be given back to tasks before it is gone.
         there = [*holdings, *_as_holdings(inside)]
         report |= _sweep(host, ledger, there, keepers)
@@ -209,14 +213,8 @@ def _sweep(host: Host, ledger: Ledger, holdings: list[Holding], keepers: frozens
 
 
 def _settle(host: Host, ledger: Ledger, holdings: list[Holding]) -> Report:
-    known = ledger.known(tasks=False)
     service = CpuSet.parse(host.read_text("sys/devices/system/cpu/online")) - released(holdings, "sweep")
-    outcomes: list[Outcome] = []
-    for level, mechanism in _SETTINGS if holdings else reversed(_SETTINGS):
-        taken = released(holdings, level)
-        there = {one.key: one for one in mechanism.settings(host)} if taken else {}
-        there |= {key: one for key in known if (one := mechanism.of(key)) is not None and key not in there}
-        outcomes += settle(there.values(), known, taken, service, host, ledger.remember, ledger.forget)
+    outcomes = bring(host, ledger, {level: released(holdings, level) for level, _ in _SETTINGS}, service)
     return Report(
         foreign=tuple(
             f"/{one.key} has {one.now or 'nothing'}, which hostpart did not write; it was left"
@@ -225,6 +223,33 @@ def _settle(host: Host, ledger: Ledger, holdings: list[Holding]) -> Report:
         ),
         remains=tuple(f"/{one.key} stays {one.now}: {one.why}" for one in outcomes if one.what == "refused"),
     )
+
+
+def bring(host: Host, ledger: Ledger, taken: Mapping[str, CpuSet], service: CpuSet) -> list[Outcome]:
+    """Settle the small settings of every mechanism, in order.
+
+    :param taken: the pCPUs that VMs of at least each level hold
+    :param service: those that are left to the host
+    """
+    outcomes: list[Outcome] = []
+    for level, mechanism in _SETTINGS if any(taken.values()) else reversed(_SETTINGS):
+        if mechanism is irq and (entries := irq.newcomers(host, ledger.known(tasks=False), taken[level])):
+            ledger.remember(entries)
+        outcomes += _bring(host, ledger, mechanism, taken[level], service)
+        if mechanism is irq and not taken[level] and (notes := [key for key in irq.NOTES if key in ledger.known()]):
+            # What appeared just before the default mask came back.
+            if late := irq.newcomers(host, ledger.known(tasks=False), CpuSet()):
+                ledger.remember(late)
+                outcomes += _bring(host, ledger, irq, CpuSet(), service)
+            ledger.forget(notes)
+    return outcomes
+
+
+def _bring(host: Host, ledger: Ledger, mechanism: ModuleType, taken: CpuSet, service: CpuSet) -> list[Outcome]:
+    known = ledger.known()
+    there = {one.key: one for one in mechanism.settings(host)} if taken else {}
+    there |= {key: one for key in known if (one := mechanism.of(key)) is not None and key not in there}
+    return settle(there.values(), known, taken, service, host, ledger.remember, ledger.forget)
 
 
 def _bring_online(ledger: Ledger, host: Host, known: dict[str, Known]) -> list[str]:

@@ -14,7 +14,7 @@ from workers import crash
 from ..cgroup import Leaf
 from ..cpuset import CpuSet
 from ..errors import HostpartError
-from . import affinity
+from . import affinity, irq
 from .level import LEVELS, Isolation, at_least
 from .reach import below, reach
 from .reconcile import Busy, Report, cpusets, guests, reconcile, worded
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Watch"]
 
-_SWEEP_S = 1.0  # between two searches for tasks that put themselves back
-_TRIES = 3  # mendings of one problem: whoever undoes it each time is not to be fought
+_SWEEP_S = 1.0  # between two searches for tasks that put themselves back, and for new interrupts
+_TRIES = 3  # mendings of one problem in a row: whoever undoes it each time is not to be fought
+_AGAIN_S = 10.0  # and then one at such intervals: what stood in the way may have gone
 _SLEPT_S = 1.0  # the clock that counts suspend ran ahead by more than this: the host was suspended
 
 
@@ -56,8 +57,10 @@ class Watch:
         self._pcpus = CpuSet.parse(row.pcpus) | CpuSet.parse(row.idle)
         self._next_sweep = 0.0
         self._online = ""
+        self._interrupts: tuple[int, ...] = ()
         self._asleep_s = _asleep()
         self._tries: dict[str, int] = {}
+        self._again = 0.0
         self._told: set[str] = set()
         self._fds: list[int] = []
 
@@ -140,12 +143,15 @@ class Watch:
         if time.monotonic() < self._next_sweep:
             return False
         self._next_sweep = time.monotonic() + _SWEEP_S
+        if at_least(self.isolation.reached, "full") and irq.numbers(self.host) != self._interrupts:
+            return True  # a device came or went
         return bool(affinity.escapees(self.host, self.ledger.holdings(), guests(self.ledger)))
 
     def _mend(self, problems: tuple[str, ...], *, changed: bool) -> None:
         tries = [self._tries.get(problem, 0) for problem in problems]
-        if problems and min(tries) >= _TRIES and not changed:
+        if problems and min(tries) >= _TRIES and not changed and time.monotonic() < self._again:
             return
+        self._again = time.monotonic() + _AGAIN_S
         self._tries |= {problem: count + 1 for problem, count in zip(problems, tries, strict=True)}
         try:
             report = self._reconcile(CpuSet(), wait_s=0.0)
@@ -189,10 +195,12 @@ class Watch:
 
     def _reconcile(self, cycle: CpuSet, wait_s: float | None = None) -> Report:
         more = {} if wait_s is None else {"wait_s": wait_s}
+        interrupts = irq.numbers(self.host)
         try:
             report = reconcile(self.ledger, self.host, cycle=cycle, **more)
         except OSError as error:
             raise worded(error) from error
+        self._interrupts = interrupts
         self.report |= report
         return report
 

@@ -1,4 +1,6 @@
-"""Debian's packages for the lab: kernels, and programs that the guest runs. Nothing is installed on this machine.
+"""Debian's packages for the lab: kernels with some drivers, and programs that the guest runs.
+
+Nothing is installed on this machine.
 
 apt works in a folder of the cache, with lists and a package state of its own, on the mirror that this machine's own
 sources name. What goes where in the guest is left to :mod:`tests.vm.image`.
@@ -6,6 +8,7 @@ sources name. What goes where in the guest is left to :mod:`tests.vm.image`.
 
 from __future__ import annotations
 
+import lzma
 import os
 import re
 import shutil
@@ -16,10 +19,16 @@ from pathlib import Path
 
 from tests.vm.cache import CACHE, Unavailable, digest, filled, locked
 
-__all__ = ["KERNELS", "kernel", "lacks", "packages", "programs"]
+__all__ = ["KERNELS", "kernel", "lacks", "modules", "packages", "programs"]
 
 # Series of the kernel, and the suite that has it.
 KERNELS = {"6.1": "bookworm", "6.12": "trixie", "6.19": "trixie-backports"}
+# Drivers of the devices that the machine has, in the order in which they can be loaded. What a kernel has built in is
+# not among its modules.
+_MODULES = (
+    "virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_console",
+    "failover", "net_failover", "virtio_net", "vmxnet3", "virtio_blk",
+)  # fmt: skip
 # Programs come from the oldest suite: they run with the libc of any machine that has Python 3.11.
 _PROGRAMS = "bookworm"
 _KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
@@ -43,7 +52,20 @@ def kernel(series: str) -> Path:
 
     :raises Unavailable: if there is none of this series any more, or the mirror can't be reached
     """
-    home = CACHE / "kernels" / series
+    return next(_kernel(series).glob("vmlinuz-*"))
+
+
+def modules(series: str) -> list[Path]:
+    """Return the kernel's drivers for the lab's devices, uncompressed, in the order in which they can be loaded.
+
+    :raises Unavailable: as :func:`kernel` does
+    """
+    found = [_kernel(series) / f"{name}.ko" for name in _MODULES]
+    return [path for path in found if path.exists()]
+
+
+def _kernel(series: str) -> Path:
+    home = CACHE / "kernels" / f"{series}-{digest(_MODULES)}"
     with locked("debian"):
         if not home.exists():
             suite = KERNELS[series]
@@ -57,9 +79,15 @@ def kernel(series: str) -> Path:
                 raise Unavailable(
                     f"needs a cloud kernel of series {series}, of which Debian's {suite} has none any more"
                 )
+            chosen = max(there, key=_age)
+            # From 6.19 on the drivers are in a package of their own, which a mirror may lack: then there are none.
+            drivers = re.sub("^linux-binary", "linux-modules", chosen)
+            its = _apt(suite, "apt-cache", "policy", drivers) if drivers != chosen else ""
+            wanted = [chosen, drivers] if re.search(r"^  Candidate: \d", its, re.MULTILINE) else [chosen]
             with filled(home) as folder:
-                _boot_file(_downloaded([max(there, key=_age)], suite)[0], folder)
-        return next(home.glob("vmlinuz-*"))
+                for deb in _downloaded(wanted, suite):
+                    _unpack(deb, folder)
+        return home
 
 
 def programs(names: Sequence[str]) -> Path:
@@ -84,15 +112,20 @@ def _age(name: str) -> tuple[list[int], bool]:
     return [int(part) for part in re.findall(r"\d+", name)], name.startswith("linux-binary-")
 
 
-def _boot_file(deb: Path, folder: Path) -> None:
+def _unpack(deb: Path, folder: Path) -> None:
+    # What the lab needs of a kernel's package: the file to boot, and the drivers.
     with (
         subprocess.Popen(["dpkg-deb", "--fsys-tarfile", deb], stdout=subprocess.PIPE) as unpacked,
         tarfile.open(fileobj=unpacked.stdout, mode="r|") as archive,
     ):
         for member in archive:
-            data = archive.extractfile(member) if "/boot/vmlinuz-" in member.name else None
+            name = Path(member.name).name
+            driver, _, packing = name.partition(".ko")
+            wanted = "/boot/vmlinuz-" in member.name or (driver in _MODULES and packing in ("", ".xz"))
+            data = archive.extractfile(member) if wanted else None
             if data is not None:
-                (folder / Path(member.name).name).write_bytes(data.read())
+                content = data.read()
+                (folder / name.removesuffix(".xz")).write_bytes(lzma.decompress(content) if packing else content)
 
 
 def _mirror() -> str | None:

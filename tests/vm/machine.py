@@ -5,17 +5,21 @@ It is emulated (QEMU's TCG, which needs no rights and runs in containers), so th
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import queue
 import shutil
 import socket
 import subprocess
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from tests.vm import debian
 from tests.vm.cache import CACHE, LabError, digest, filled, locked
@@ -42,6 +46,16 @@ _TRY_S = 60
 # Memory that the guest sees behind a PCI device: a serial port moves 60 kB/s.
 _SHARED = 32 << 20
 _KEEP_S = 300
+_ASLEEP_S = 8.0
+_LOADER = "lab/drivers/load"
+# Devices with message-signalled interrupts: network cards on a wire that leads nowhere, a port that nobody listens to,
+# and a disk without content, whose queues the kernel spreads itself.
+_DEVICES = (
+    "-netdev", "hubport,id=wire0,hubid=0", "-device", "virtio-net-pci,netdev=wire0,mac=52:54:00:00:00:01,romfile=",
+    "-netdev", "hubport,id=wire1,hubid=0", "-device", "vmxnet3,netdev=wire1,mac=52:54:00:00:00:02,romfile=",
+    "-chardev", "null,id=nobody", "-device", "virtio-serial-pci", "-device", "virtserialport,chardev=nobody",
+    "-blockdev", "null-co,node-name=nothing,size=1048576", "-device", "virtio-blk-pci,drive=nothing,num-queues=4",
+)  # fmt: skip
 
 
 class Dead(LabError):
@@ -75,7 +89,24 @@ class Kind:
         # Their interrupts can be steered: the serial ports' and the virtual PCI slots' (MSI).
         for slot in range(4):
             command += ["-device", f"pcie-root-port,id=slot{slot},chassis={slot + 1},bus=pcie.0"]
-        return command
+        return [*command, *_DEVICES]
+
+    def drivers(self) -> bytes:
+        """Return a tar archive of the devices' drivers, as far as its kernel has none built in, with what loads them.
+
+        It is to be unpacked at ``/``.
+        """
+        packed, lines = io.BytesIO(), ["#!/bin/sh"]
+        with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+            for path in debian.modules(self.kernel):
+                archive.add(path, f"lab/drivers/{path.name}")
+                lines.append(f"insmod /lab/drivers/{path.name} || exit")
+            lines += ["for card in /sys/class/net/*; do ip link set ${card##*/} up || exit; done", ""]
+            entry = tarfile.TarInfo(_LOADER)
+            script = "\n".join(lines).encode()
+            entry.size, entry.mode = len(script), 0o755
+            archive.addfile(entry, io.BytesIO(script))
+        return packed.getvalue()
 
     def start(self) -> list[str]:
         """Return the options that boot it."""
@@ -84,7 +115,11 @@ class Kind:
 
 
 class Machine:
-    """A running machine. Leaving its ``with`` block ends it."""
+    """A running machine. Leaving its ``with`` block ends it.
+
+    One that suspends itself is woken after some seconds. An alarm of its own clock would be missed where the way down
+    takes longer than that.
+    """
 
     def __init__(self, kind: Kind, options: list[str], heard: Callable[[str], None] | None = None) -> None:
         self.console: list[str] = []
@@ -107,6 +142,9 @@ class Machine:
         self._sockets = ours
         self._reader = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
+        self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._attendant = threading.Thread(target=self._attend, daemon=True)
+        self._attendant.start()
         try:
             self._ask("qmp_capabilities")
         except BaseException:
@@ -120,6 +158,7 @@ class Machine:
         self.process.kill()
         self.process.wait()
         self._reader.join()
+        self._attendant.join()
         os.close(self._shared)
         for end in (self._port, self._qmp, *self._sockets):
             try:
@@ -187,26 +226,43 @@ class Machine:
             time.sleep(0.02)
 
     def _ask(self, command: str, **arguments: object) -> dict[str, object]:
+        self._order({"execute": command, "arguments": arguments})
+        answer = self._answers.get()
+        if answer is None:
+            self._answers.put(None)
+            raise self._dead()
+        if "error" in answer:
+            raise LabError(f"QEMU refused {command}: {answer['error']}")
+        found: dict[str, object] = answer["return"]
+        return found
+
+    def _order(self, order: dict[str, object]) -> None:
         try:
-            self._qmp.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+            self._qmp.write(json.dumps(order).encode() + b"\n")
             self._qmp.flush()
-            while line := self._qmp.readline():
-                answer = json.loads(line)
-                if "error" in answer:
-                    raise LabError(f"QEMU refused {command}: {answer['error']}")
-                if "return" in answer:
-                    found: dict[str, object] = answer["return"]
-                    return found
         except OSError:
+            pass  # it has ended, which its end of the socket tells
+
+    def _attend(self) -> None:
+        try:
+            while line := self._qmp.readline():
+                said = json.loads(line)
+                if said.get("event") == "SUSPEND":
+                    time.sleep(_ASLEEP_S)
+                    self._order({"execute": "system_wakeup", "id": "alarm"})
+                elif said.keys() & {"return", "error"} and said.get("id") != "alarm":
+                    self._answers.put(said)
+        except (OSError, ValueError):
             pass
-        raise self._dead()
+        self._answers.put(None)
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
         with self.process.stdout as lines:
             for text in lines:
                 line = text.rstrip("\r\n")
-                if "TCG doesn't support" not in line:
+                # A wire that leads nowhere is meant to.
+                if "TCG doesn't support" not in line and "not connected to host network" not in line:
                     self.console.append(line)
                     if self._heard:
                         self._heard(line)
@@ -232,9 +288,13 @@ def booted(kind: Kind) -> Path:
             said = machine.hear()
             if "up" not in said:
                 raise LabError(f"the guest's image is not complete: {said}")
+            machine.say({"do": "unpack"}, drivers)
+            if machine.say({"do": "execute", "argv": [f"/{_LOADER}"], "cwd": "/"})["status"]:
+                raise LabError("\n".join(["the guest could not load a driver:", *machine.console[-60:]]))
             machine.save(path)
 
-    return _saved(f"boot-{kind.label}", [*kind.command(), *kind.start(), _SHARED], make)
+    drivers = kind.drivers()
+    return _saved(f"boot-{kind.label}", [*kind.command(), *kind.start(), _SHARED, drivers], make)
 
 
 def collected(kind: Kind, packed: bytes) -> Path:

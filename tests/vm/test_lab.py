@@ -72,6 +72,16 @@ def test_what_cases_write_to_is_there() -> None:
     assert steered > 4
 
 
+@pytest.mark.vm
+def test_interrupts_of_devices_are_there(machine: tuple[str, str]) -> None:
+    names = {path.name for path in Path("/proc/irq").glob("*/*") if path.is_dir()}
+    assert {"virtio1-config", "virtio1-virtqueues"} <= names
+    if machine[0] != "6.19":  # whose package of drivers the mirror lacks
+        assert {f"eth1-rxtx-{queue}" for queue in range(8)} <= names
+        assert {"virtio0-input.0", "virtio2-req.3"} <= names
+        assert sorted(path.name for path in Path("/sys/class/net").iterdir()) == ["eth0", "eth1", "lo"]
+
+
 def test_the_end_of_a_case_is_told_as_it_was() -> None:
     if why := lacking():
         pytest.skip(why)

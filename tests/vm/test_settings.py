@@ -11,13 +11,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from hostpart.cpuset import CpuSet
 from hostpart.host import Host
-from hostpart.isolation import irq, irqbalance, rps, stat_interval, watchdog, workqueue, writeback
+from hostpart.isolation import LEVELS, irqbalance, reconcile
 from hostpart.isolation.setting import Outcome, settle
 from hostpart.ledger import Ledger
 from hostpart.rehearsal import Rehearsal
@@ -26,28 +25,24 @@ from workers import crash
 
 pytestmark = pytest.mark.vm()
 
-MODULES: tuple[ModuleType, ...] = (irqbalance, irq, workqueue, writeback, watchdog, stat_interval, rps)
 RPS = "/sys/class/net/lo/queues/rx-0/rps_cpus"
 WORKQUEUE = "/sys/devices/virtual/workqueue"
 CGROUP = "/sys/fs/cgroup"
 
 
 def bring(ledger: Ledger, released: str, host: Host | None = None) -> dict[str, Outcome]:
-    """Settle every mechanism as a reconcile does, with the CPUs of this list released."""
-    host, known, taken = host or Host(), ledger.known(), CpuSet.parse(released)
+    """Settle every mechanism as a reconcile does, with the CPUs of this list released at the highest level."""
+    taken = CpuSet.parse(released)
     service = CpuSet.parse(Path("/sys/devices/system/cpu/online").read_text()) - taken
-    outcomes: list[Outcome] = []
-    for module in MODULES if taken else MODULES[::-1]:
-        there = {one.key: one for one in module.settings(host)} if taken else {}
-        there |= {key: one for key in known if (one := module.of(key)) is not None and key not in there}
-        outcomes += settle(there.values(), known, taken, service, host, ledger.remember, ledger.forget)
+    outcomes = reconcile.bring(host or Host(), ledger, dict.fromkeys(LEVELS, taken), service)
     return {one.key: one for one in outcomes}
 
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
     """A ledger of the test's own; RPS is on, some masks differ, and all is as it was when the test has ended."""
-    put(RPS, "ff")
+    for number, path in enumerate(queues()):
+        put(path, ("ff", "3c", "30")[number % 3] if path != RPS else "ff")
     put("/proc/irq/4/smp_affinity_list", "4")
     put("/proc/irq/3/smp_affinity_list", "2,4-5")
     before = fingerprint(tasks=False)
@@ -82,16 +77,27 @@ def cpus(path: str) -> set[int]:
     return {cpu for low, _, high in spans for cpu in range(int(low), int(high or low) + 1)}
 
 
+def queues() -> list[str]:
+    """Return what steers the packets of each network queue: the loopback's, and of the cards that have a driver."""
+    return sorted(glob.glob("/sys/class/net/*/queues/rx-*/rps_cpus"))
+
+
+def spread() -> set[str]:
+    """Return the masks of interrupts whose driver has the kernel spread them over all CPUs: a virtual disk's."""
+    return {path.rpartition("/")[0] + "/smp_affinity_list" for path in glob.glob("/proc/irq/*/virtio*-req.*")}
+
+
 def masks() -> list[str]:
     """Return the masks that hostpart narrows and that can be changed."""
-    fixed = {"/proc/irq/0/smp_affinity_list", "/proc/irq/2/smp_affinity_list"}  # a PC's timer and cascade
+    # A PC's timer and cascade.
+    fixed = {"/proc/irq/0/smp_affinity_list", "/proc/irq/2/smp_affinity_list", *spread()}
     found = [
         "/proc/irq/default_smp_affinity",
         *(set(glob.glob("/proc/irq/*/smp_affinity_list")) - fixed),
         f"{WORKQUEUE}/cpumask",
         f"{WORKQUEUE}/writeback/cpumask",
         "/proc/sys/kernel/watchdog_cpumask",
-        RPS,
+        *queues(),
     ]
     return [path for path in found if os.path.exists(path)]
 
@@ -176,6 +182,42 @@ def test_an_interrupt_that_cannot_be_steered_is_left_and_named(ledger: Ledger) -
         assert one.key not in ledger.known()
 
 
+@pytest.mark.vm(kernels=("6.1", "6.12"))  # those whose package of drivers the mirror has
+def test_a_queue_that_the_kernel_spreads_itself_is_left_and_named_where_it_would_be_moved(ledger: Ledger) -> None:
+    there = {path: cpus(path) for path in spread()}
+    assert sorted(map(sorted, there.values())) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    outcomes = bring(ledger, "4-6")
+    for path, was in there.items():
+        one = outcomes[path[1:]]
+        assert (one.what, cpus(path)) == ("refused" if was & {4, 5, 6} else "kept", was)
+        if one.what == "refused":
+            assert "does not let this interrupt be steered; it goes to CPU " in one.why
+        assert one.key not in ledger.known()
+
+
+@pytest.mark.vm(kernels=("6.1", "6.12"))
+def test_the_queues_of_a_network_card_leave_the_released_pcpus_and_come_back(ledger: Ledger) -> None:
+    steered = {path: cpus(path) for path in queues() if "/lo/" not in path}
+    assert len(steered) == 9
+    interrupts = {
+        f"{os.path.dirname(path)}/smp_affinity_list": CpuSet.parse(get(f"{os.path.dirname(path)}/smp_affinity_list"))
+        for path in glob.glob("/proc/irq/*/eth1-rxtx-*")
+    }
+    assert len(interrupts) == 8
+    for number, path in enumerate(sorted(interrupts)):
+        put(path, str(number))
+    bring(ledger, "4-5")
+    for path, was in steered.items():
+        assert cpus(path) == (was - {4, 5} or {0, 1, 2, 3, 6, 7})
+    for number, path in enumerate(sorted(interrupts)):
+        assert cpus(path) == ({0, 1, 2, 3, 6, 7} if number in (4, 5) else {number})
+    bring(ledger, "")
+    assert {path: cpus(path) for path in steered} == steered
+    for number, (path, mask) in enumerate(sorted(interrupts.items())):
+        assert cpus(path) == {number}
+        put(path, str(mask))
+
+
 def test_a_rehearsal_lists_every_write_once_and_makes_none(ledger: Ledger) -> None:
     before = fingerprint(tasks=False)
     host = Rehearsal()
@@ -189,6 +231,96 @@ def test_a_rehearsal_lists_every_write_once_and_makes_none(ledger: Ledger) -> No
         assert copy.known() == {}
     assert ledger.known() == {}
     assert difference(before, fingerprint(tasks=False)) == []
+
+
+# -- interrupts that come and go -----------------------------------------------------------------------
+
+
+PORT = "0000:00:07.0"  # a virtual port, whose driver every kernel has
+DRIVER = "/sys/bus/pci/drivers/virtio-pci"
+
+
+def port() -> dict[str, str]:
+    """Return the masks of the port's interrupts, by file; none while it has no driver."""
+    found = [os.path.dirname(path) for path in glob.glob("/proc/irq/*/virtio1-*")]
+    return {f"{folder}/smp_affinity_list": get(f"{folder}/smp_affinity_list") for folder in found}
+
+
+@pytest.fixture
+def unplugged(ledger: Ledger) -> Iterator[dict[str, str]]:
+    """The port has no driver; what its interrupts get where nothing is released."""
+    put(f"{DRIVER}/unbind", PORT)
+    put(f"{DRIVER}/bind", PORT)
+    masks = port()
+    put(f"{DRIVER}/unbind", PORT)
+    assert (len(masks), port()) == (2, {})
+    yield masks
+    if not port():
+        put(f"{DRIVER}/bind", PORT)
+
+
+@pytest.mark.parametrize("later", ["", "4-6", "6"], ids=["not looked at", "with more released", "with others released"])
+def test_an_interrupt_that_appears_meanwhile_ends_with_what_it_would_have_had(
+    ledger: Ledger, unplugged: dict[str, str], later: str
+) -> None:
+    bring(ledger, "4-5")
+    put(f"{DRIVER}/bind", PORT)
+    assert all(not cpus(path) & {4, 5} for path in port())
+    if later:
+        bring(ledger, later)
+        gone = {cpu for cpu in range(8) if cpu in CpuSet.parse(later)}
+        for path, mask in unplugged.items():
+            assert cpus(path) == set(CpuSet.parse(mask)) - gone
+    bring(ledger, "")
+    assert (port(), ledger.known()) == (unplugged, {})
+
+
+def test_an_interrupt_that_goes_and_comes_between_two_looks_ends_with_what_it_had(
+    ledger: Ledger, unplugged: dict[str, str]
+) -> None:
+    put(f"{DRIVER}/bind", PORT)
+    bring(ledger, "4-5")
+    put(f"{DRIVER}/unbind", PORT)
+    put(f"{DRIVER}/bind", PORT)
+    bring(ledger, "4-6")
+    bring(ledger, "")
+    assert (port(), ledger.known()) == (unplugged, {})
+
+
+def test_a_new_interrupt_that_somebody_steered_stays_where_they_did(ledger: Ledger, unplugged: dict[str, str]) -> None:
+    bring(ledger, "4-5")
+    put(f"{DRIVER}/bind", PORT)
+    theirs = min(port())
+    put(theirs, "1-2")
+    bring(ledger, "")
+    assert (port(), ledger.known()) == (unplugged | {theirs: "1-2"}, {})
+
+
+def test_an_old_interrupt_with_just_the_narrowed_mask_is_not_taken_for_a_new_one(ledger: Ledger) -> None:
+    was = get("/proc/irq/10/smp_affinity_list")
+    put("/proc/irq/10/smp_affinity_list", "0-3,6-7")
+    for released in ("4-5", "4-5", ""):
+        bring(ledger, released)
+        assert get("/proc/irq/10/smp_affinity_list") == "0-3,6-7"
+    put("/proc/irq/10/smp_affinity_list", was)
+
+
+@pytest.mark.parametrize("point", ["write.before", "write.after", "ledger.remember.after", "ledger.forget.before"])
+def test_killed_at_any_point_a_new_interrupt_ends_with_what_it_would_have_had(
+    ledger: Ledger, unplugged: dict[str, str], tmp_path: Path, point: str
+) -> None:
+    died = 0
+    for number in itertools.count(1, 7):
+        bring(ledger, "4-5")
+        put(f"{DRIVER}/bind", PORT)
+        was_killed = dies(tmp_path, f"{point}@{number}", ("4-6", ""))
+        bring(ledger, "")
+        assert (port(), ledger.known()) == (unplugged, {}), number
+        put(f"{DRIVER}/unbind", PORT)
+        if not was_killed:
+            break
+        died += 1
+    assert died >= 3
 
 
 # -- death at every point ------------------------------------------------------------------------------
