@@ -30,6 +30,7 @@ from . import (
     irq,
     irqbalance,
     partition,
+    pins,
     rps,
     stat_interval,
     watchdog,
@@ -160,6 +161,8 @@ def _reconcile(ledger: Ledger, host: Host, cycle: CpuSet) -> Report:
     if not holdings and not known:
         return Report()
     keepers = frozenset(row.keeper_pid for row in ledger.vms() if not row.service) | attached.processes(ledger)
+    if _WIDE in known:  # a killed call was at the cgroups
+        pins.give_back(host, ledger, keepers, known[_WIDE].ours)
     problems, foreign = attached.leave(host, ledger)
     report = Report(problems=(*_bring_online(ledger, host, known), *problems), foreign=tuple(foreign))
     sets = cpusets(host)
@@ -169,11 +172,15 @@ def _reconcile(ledger: Ledger, host: Host, cycle: CpuSet) -> Report:
         there = [*holdings, *_as_holdings(inside)]
         report |= _sweep(host, ledger, there, keepers)
         report |= _settle(host, ledger, holdings)
-        report |= Report(problems=tuple(hotplug.cycle(host, ledger, cycle) if cycle else ()))
-    if released(holdings, "cpuset") or sets.remembered(known):
+    if cycle or released(holdings, "cpuset") or sets.remembered(known):
         # Making and removing partitions rewrites masks; what is written down now tells ours from others' later.
-        ledger.remember({_WIDE: Known("", sets.wide(host, holdings))})
-        report |= Report(problems=tuple(sets.settle(host, ledger, holdings)))
+        wide = sets.wide(host, holdings)
+        ledger.remember({_WIDE: Known("", wide), **({} if host.rehearses else pins.held(keepers))})
+        if cycle:
+            report |= Report(problems=tuple(hotplug.cycle(host, ledger, cycle)))
+        if released(holdings, "cpuset") or sets.remembered(known):
+            report |= Report(problems=tuple(sets.settle(host, ledger, holdings)))
+        pins.give_back(host, ledger, keepers, wide)
     report |= _settle(host, ledger, holdings)
     attached.unpin(host, ledger)
     report |= _sweep(host, ledger, holdings, keepers)

@@ -75,11 +75,16 @@ class Order(RuleBasedStateMachine):
         self.before: dict[str, str] = {}
         self.read, self.write = os.pipe()
         self.turn = 0
+        self.hotplugs, self.on_drift = False, "warn"
 
     # -- the host ----------------------------------------------------------------------------------------
 
-    @initialize()
-    def populate(self) -> None:
+    @initialize(hotplugs=st.booleans())
+    def populate(self, hotplugs: bool) -> None:
+        # When a CPU goes, a kernel before 6.2 rewrites the masks of those that are pinned in a cgroup with cpusets. No
+        # VM's guests may notice another's coming and going, and so it is not mended but where others take CPUs.
+        self.hotplugs = hotplugs
+        self.on_drift = "repin" if hotplugs and os.uname().release.startswith("6.1.") else "warn"
         for cpus in (CPUS, CPUS, CPUS - {15}, {1}, {4, 9}, {8, 10, 12, 14}, {15}):
             self.sleepers.append(self._sleeper(frozenset(cpus)))
         stopped = self._sleeper(frozenset({3, 6}))
@@ -121,7 +126,7 @@ class Order(RuleBasedStateMachine):
             self._task_is_born: runs,
             self._front_or_keeper_is_killed: runs,
             self._others_pin_a_task: runs,
-            self._host_loses_a_cpu: runs and not gone and not self.offline and bool(self._spare()),
+            self._host_loses_a_cpu: self.hotplugs and runs and not gone and not self.offline and bool(self._spare()),
             self._vm_is_stopped: runs,
             self._others_set_the_interval: runs,
             self._front_and_keeper_are_killed: runs,
@@ -157,7 +162,7 @@ class Order(RuleBasedStateMachine):
         name = self._choose(data, [name for name in NAMES if name not in self.vms], "name")
         started = start(
             "run", "--isolation", level, "--require", "--smt", "shared", "--pcpus", ",".join(map(str, sorted(chosen))),
-            "--name", name, "--", "sleep", "100000",
+            "--name", name, "--on-drift", self.on_drift, "--", "sleep", "100000",
         )  # fmt: skip
         assert wait_until(lambda: _state(name) == "RUNNING" or started.ended(), PATIENCE_S), started.err
         assert not started.ended(), started.err
