@@ -360,7 +360,7 @@ def test_a_vm_that_comes_and_goes_leaves_the_vcpus_of_others_where_they_are(die_
     second = start(
         "run", "--smt", "shared", "--isolation", "sweep", "--pcpus", "3", "--name", "two", "--", "sleep", "1000"
     )
-    assert wait_until(lambda: {_state("one"), _state("two")} == {"RUNNING"}), first.err + second.err
+    assert wait_until(lambda: {_state("one"), _state("two")} == {"RUNNING"}, 180.0), first.err + second.err
     keepers = {"one": _keeper("one"), "two": _keeper("two")}
     assert wait_until(lambda: len(tree.descendants(keepers["one"])) == 2)
     before = {keeper: _masks(keeper) for keeper in keepers.values()}

@@ -38,7 +38,7 @@ DEFAULT_IRQ = "/proc/irq/default_smp_affinity"
 # Keepers mend what others break at a look that they take every quarter of a second; emulated, and with other machines
 # beside this one, that takes its time. What is right at once is not waited for.
 PATIENCE_S = 60.0
-EXAMPLES, STEPS = 3, 25
+EXAMPLES, STEPS = 2, 25
 
 T = TypeVar("T")
 
@@ -63,28 +63,31 @@ class Sleeper:
         self.pid, self.mask, self.parent = pid, mask, parent
         self.seen = {mask}
 
+    def __repr__(self) -> str:
+        return f"task {self.pid}"
+
 
 class Order(RuleBasedStateMachine):
     """The steps, and what the kernel has to say after each."""
 
-    def __init__(self) -> None:
+    def __init__(self, turn: int) -> None:
         super().__init__()
         self.vms: dict[str, Vm] = {}
         self.sleepers: list[Sleeper] = []
         self.offline: frozenset[int] = frozenset()
         self.before: dict[str, str] = {}
         self.read, self.write = os.pipe()
-        self.turn = 0
+        self.turn = turn
         self.hotplugs, self.on_drift = False, "warn"
 
     # -- the host ----------------------------------------------------------------------------------------
 
-    @initialize(hotplugs=st.booleans())
-    def populate(self, hotplugs: bool) -> None:
+    @initialize(data=st.data())
+    def populate(self, data: st.DataObject) -> None:
         # When a CPU goes, a kernel before 6.2 rewrites the masks of those that are pinned in a cgroup with cpusets. No
         # VM's guests may notice another's coming and going, and so it is not mended but where others take CPUs.
-        self.hotplugs = hotplugs
-        self.on_drift = "repin" if hotplugs and os.uname().release.startswith("6.1.") else "warn"
+        self.hotplugs = self._choose(data, (True, False), "whether CPUs go")
+        self.on_drift = "repin" if self.hotplugs and os.uname().release.startswith("6.1.") else "warn"
         for cpus in (CPUS, CPUS, CPUS - {15}, {1}, {4, 9}, {8, 10, 12, 14}, {15}):
             self.sleepers.append(self._sleeper(frozenset(cpus)))
         stopped = self._sleeper(frozenset({3, 6}))
@@ -401,7 +404,8 @@ def drawn(number: int, examples: int = EXAMPLES, steps: int = STEPS) -> None:
         max_examples=examples, stateful_step_count=steps, deadline=None, database=None, phases=[Phase.generate],
         report_multiple_bugs=False,
     )  # fmt: skip
-    run_state_machine_as_test(seed(number)(Order), settings=chosen)
+    factory = seed(number)(lambda: Order(number))
+    run_state_machine_as_test(factory, settings=chosen, _min_steps=steps - 1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
