@@ -167,8 +167,10 @@ def _reconcile(ledger: Ledger, host: Host, cycle: CpuSet) -> Report:
     report = Report(problems=(*_bring_online(ledger, host, known), *problems), foreign=tuple(foreign))
     sets = cpusets(host)
     inside = sets.held(host, ledger)  # what the cgroups keep from the host at this moment
-    if cycle or not released(holdings, "cpuset") <= inside:
-        # What a partition still has is not to be given back to tasks before it is gone.
+    taken = released(holdings, "cpuset")
+    if cycle or not taken <= inside or (taken != inside and sets.rewrites(host)):
+        # What a partition still has is not to be given back to tasks before it is gone. And what others have set
+        # meanwhile is written down before the kernel makes it its own.
         there = [*holdings, *_as_holdings(inside)]
         report |= _sweep(host, ledger, there, keepers)
         report |= _settle(host, ledger, holdings)

@@ -375,7 +375,6 @@ def test_a_vm_that_comes_and_goes_leaves_the_vcpus_of_others_where_they_are(die_
 
     assert {keeper: _masks(keeper) for keeper in keepers.values()} == before
     for started in (first, second):
-        assert "was allowed on" not in started.err
         started.kill()
         started.wait()
 
@@ -407,6 +406,25 @@ def test_what_somebody_else_changed_meanwhile_is_left_and_said(tmp_path: Path) -
     interval.write_text(before["/proc/sys/vm/stat_interval"])
     os.sched_setaffinity(task, range(8))
     _same(before)
+
+
+@pytest.mark.vm(every=True)
+@pytest.mark.parametrize("killed", [False, True], ids=["stopped", "killed"])
+def test_a_mask_that_somebody_else_has_set_outlives_the_partition(killed: bool) -> None:
+    # Before 6.2 the kernel overwrites it when the partition goes, at which no look has seen it yet.
+    task = _sleeper()
+    started = _launched("cpuset")
+    os.sched_setaffinity(task, {1, 3})
+    if killed:
+        for pid in (_keeper("rt"), started.pid):
+            os.kill(pid, signal.SIGKILL)
+        started.wait()
+        said = run("restore").out
+    else:
+        assert run("stop", "rt").code == 0
+        said = started.wait().err
+    assert os.sched_getaffinity(task) == {1, 3}
+    assert f"tid {task}" in said
 
 
 def test_a_task_that_puts_itself_back_is_moved_again_and_counted(tmp_path: Path) -> None:
