@@ -38,6 +38,7 @@ _KTHREAD = 0x00200000  # PF_KTHREAD and
 _NO_SETAFFINITY = 0x04000000  # PF_NO_SETAFFINITY, include/linux/sched.h: nobody but the kernel may set the mask
 _KINDS = ("task", "kthread")
 _WIDE = "wide"
+_SWEPT = "swept:0:0"  # no task; in the ledger from the first baselines on until all masks are back
 _PASSES = 60  # looks until it is given up; with six processes forking all the while three were enough
 _AGAIN = 3  # times that a task which puts itself back is moved; more would be a fight
 _NAMED = 5  # threads that a sentence names by number
@@ -319,7 +320,10 @@ class _Sweep:
             self.scopes[scope] = self.scopes.get(scope, CpuSet()) | one.released
         remembered = ledger.known()
         self.known = {key: one for key, one in remembered.items() if key.partition(":")[0] in _KINDS}
-        self.first = not self.known
+        # Those that wait for a CPU or for their cpuset may be there, and no others: what those have now is theirs.
+        self.left = dict(self.known)
+        self.marked = _SWEPT in remembered
+        self.first = not self.marked and (bool(self.released) or not self.known)
         self.wide = frozenset(remembered[_WIDE].ours) if _WIDE in remembered else frozenset[str]()
         self.online = CpuSet()
         self.masks: dict[bytes, CpuSet] = {}
@@ -360,7 +364,7 @@ class _Sweep:
         if self.released:
             self._prune()
         elif clean == 2:
-            self._forget(key for key in self.known if key not in self.kept)
+            self._forget([key for key in self.known if key not in self.kept], _SWEPT)
         for key in [key for key in _MOVED if key not in self.known]:
             del _MOVED[key]
         late = f"tasks are born faster than they can be moved: after {passes} looks some may run on {self.released}"
@@ -455,7 +459,8 @@ class _Sweep:
             if want is not None:
                 writes.append((task, want))
         if changed:
-            self.ledger.remember(changed)
+            self.ledger.remember(changed if self.marked or not self.released else {_SWEPT: Known(""), **changed})
+            self.marked = self.marked or bool(self.released)
         for task, want in writes:
             self._write(task, want)
         return bool(writes)
@@ -575,10 +580,17 @@ class _Sweep:
     def _born(self, task: Task) -> Known:
         # What a task that is not in the ledger had "before": what whoever gave it its mask had.
         now = str(task.mask)
-        if self.first or task.bound:
+        if task.bound:
             return self._known(now)
+        if self.first:
+            above = self._above(task) if self.left else ()
+            return self._known(next((self.left[one.key].baseline for one in above if self._waits(one, now)), now))
         baseline = self._inherited(task, now)
         return self._known(baseline, () if baseline == now else (now,))
+
+    def _waits(self, task: Task, now: str) -> bool:
+        # Whether it waits for its mask with *now*, which those that it has forked since have too.
+        return task.key in self.left and str(task.mask) == now
 
     def _inherited(self, task: Task, now: str) -> str:
         nearest: Known | None = None
@@ -715,9 +727,8 @@ class _Sweep:
         if ended:
             self._forget(ended)
 
-    def _forget(self, keys: Iterable[str]) -> None:
-        keys = list(keys)
-        self.ledger.forget(keys)
+    def _forget(self, keys: list[str], *more: str) -> None:
+        self.ledger.forget([*keys, *more])
         for key in keys:
             del self.known[key]
 

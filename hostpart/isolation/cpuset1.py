@@ -57,6 +57,7 @@ __all__ = [
     "mounted",
     "obstacle",
     "remembered",
+    "rewrites",
     "settle",
     "watch_files",
     "wide",
@@ -175,6 +176,11 @@ def check(host: Host, holdings: Iterable[Holding]) -> list[str]:
     for token, one in wants.items():
         found += _child_faults(host, base, f"{base}/{_HOME}/{token}", one)
     return found
+
+
+def rewrites(host: Host) -> bool:  # noqa: ARG001 - as version 2's
+    """Whether the kernel may give tasks other masks for good when cpusets change: with version 1 it does."""
+    return True
 
 
 def wide(host: Host, holdings: Iterable[Holding]) -> tuple[str, ...]:

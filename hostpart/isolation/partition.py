@@ -60,6 +60,7 @@ __all__ = [
     "leaf",
     "obstacle",
     "remembered",
+    "rewrites",
     "settle",
     "watch_files",
     "wide",
@@ -152,6 +153,15 @@ def check(host: Host, holdings: Iterable[Holding]) -> list[str]:
     for token, one in wants.items():
         found += _child_faults(host, f"{base}/{_HOME}/{token}", one)
     return found
+
+
+def rewrites(host: Host) -> bool:
+    """Whether the kernel may give tasks other masks than their own for good when a partition is made or removed.
+
+    Those that have the file asked for, from Linux 6.7 on, keep what a task was given (8f9ea86fdf99, in 6.2).
+    """
+    base = _base(host)
+    return isinstance(base, Obstacle) or not host.exists(f"{base}/cpuset.cpus.isolated")
 
 
 def wide(host: Host, holdings: Iterable[Holding]) -> tuple[str, ...]:

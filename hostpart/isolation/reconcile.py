@@ -31,6 +31,7 @@ from . import (
     irq,
     irqbalance,
     partition,
+    pins,
     rps,
     stat_interval,
     watchdog,
@@ -170,23 +171,31 @@ def _reconcile(ledger: Ledger, host: Host, cycle: CpuSet) -> Report:
     if not holdings and not known and not ledger.remembers():
         return Report()
     keepers = guests(ledger)
+    if _WIDE in known:  # a killed call was at the cgroups
+        pins.give_back(host, ledger, keepers, known[_WIDE].ours)
     problems, foreign = attached.leave(host, ledger)
     report = Report(problems=(*_bring_online(ledger, host, known), *problems), foreign=tuple(foreign))
     sets = cpusets(host)
     inside = sets.held(host, ledger)  # what the cgroups keep from the host at this moment
-    if cycle or not released(holdings, "cpuset") <= inside:
-        if sets.remembered(known):
+    taken = released(holdings, "cpuset")
+    if cycle or not taken <= inside or (taken != inside and sets.rewrites(host)):
+        if not taken <= inside and sets.remembered(known):
             # It is broken, and the kernel has rewritten masks with it as when it is removed.
             ledger.remember({_WIDE: Known("", sets.wide(host, holdings))})
-        # What a partition still has is not to be given back to tasks before it is gone.
+        # What a partition still has is not to be given back to tasks before it is gone. And what others have set
+        # meanwhile is written down before the kernel makes it its own.
         there = [*holdings, *_as_holdings(inside)]
         report |= _sweep(host, ledger, there, keepers)
         report |= _settle(host, ledger, holdings)
-        report |= Report(problems=tuple(hotplug.cycle(host, ledger, cycle) if cycle else ()))
-    if released(holdings, "cpuset") or sets.remembered(known):
+    if cycle or released(holdings, "cpuset") or sets.remembered(known):
         # Making and removing partitions rewrites masks; what is written down now tells ours from others' later.
-        ledger.remember({_WIDE: Known("", sets.wide(host, holdings))})
-        report |= Report(problems=tuple(sets.settle(host, ledger, holdings)))
+        wide = sets.wide(host, holdings)
+        ledger.remember({_WIDE: Known("", wide), **({} if host.rehearses else pins.held(keepers))})
+        if cycle:
+            report |= Report(problems=tuple(hotplug.cycle(host, ledger, cycle)))
+        if released(holdings, "cpuset") or sets.remembered(known):
+            report |= Report(problems=tuple(sets.settle(host, ledger, holdings)))
+        pins.give_back(host, ledger, keepers, wide)
     report |= _settle(host, ledger, holdings)
     attached.unpin(host, ledger)
     report |= _sweep(host, ledger, holdings, keepers)
@@ -236,7 +245,7 @@ def bring(host: Host, ledger: Ledger, taken: Mapping[str, CpuSet], service: CpuS
         if mechanism is irq and (entries := irq.newcomers(host, ledger.known(tasks=False), taken[level])):
             ledger.remember(entries)
         outcomes += _bring(host, ledger, mechanism, taken[level], service)
-        if mechanism is irq and not taken[level] and (notes := [key for key in irq.NOTES if key in ledger.known()]):
+        if mechanism is irq and not taken[level] and (notes := [key for key in irq.NOTES if key in ledger.known(tasks=False)]):
             # What appeared just before the default mask came back.
             if late := irq.newcomers(host, ledger.known(tasks=False), CpuSet()):
                 ledger.remember(late)

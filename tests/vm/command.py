@@ -69,27 +69,37 @@ class Started:
         return Done(self._code, self.out, self.err)
 
 
-def start(*args: str, die_at: str = "", uid: int = 0, environ: Mapping[str, str] | None = None) -> Started:
+def start(
+    *args: str, die_at: str = "", points: str = "", uid: int = 0, environ: Mapping[str, str] | None = None
+) -> Started:
     """Start a hostpart command.
 
     :param die_at: as ``HOSTPART_DIE_AT``
+    :param points: as ``HOSTPART_POINTS``
     """
     folder = tempfile.mkdtemp(prefix="command-")
     out, err = f"{folder}/out", f"{folder}/err"
     pid = os.fork()
     if not pid:
-        _child(args, out, err, die_at, uid, environ or {})
+        _child(args, out, err, (die_at, points), uid, environ or {})
     return Started(pid, out, err)
 
 
 def run(
-    *args: str, die_at: str = "", uid: int = 0, timeout: float = 120.0, environ: Mapping[str, str] | None = None
+    *args: str,
+    die_at: str = "",
+    points: str = "",
+    uid: int = 0,
+    timeout: float = 120.0,
+    environ: Mapping[str, str] | None = None,
 ) -> Done:
     """Run a hostpart command to its end."""
-    return start(*args, die_at=die_at, uid=uid, environ=environ).wait(timeout)
+    return start(*args, die_at=die_at, points=points, uid=uid, environ=environ).wait(timeout)
 
 
-def _child(args: tuple[str, ...], out: str, err: str, die_at: str, uid: int, environ: Mapping[str, str]) -> NoReturn:
+def _child(
+    args: tuple[str, ...], out: str, err: str, hooks: tuple[str, str], uid: int, environ: Mapping[str, str]
+) -> NoReturn:
     code = 99
     try:
         os.setsid()
@@ -103,7 +113,8 @@ def _child(args: tuple[str, ...], out: str, err: str, die_at: str, uid: int, env
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)
         logging.getLogger().handlers.clear()  # pytest's, which would have every worker send its records
-        crash.arm(die_at)
+        crash.arm(hooks[0])
+        crash.record(hooks[1])
         code = cli.main(list(args))
         sys.stdout.flush()
     except SystemExit as end:

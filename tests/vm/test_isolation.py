@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hostpart import recovery
+from hostpart import recovery, tree
 from hostpart.ledger import Ledger
 from tests.vm.command import Started, run, start, wait_until
 from tests.vm.fingerprint import difference, fingerprint
@@ -350,6 +350,39 @@ def test_two_vms_that_overlap_in_time_never_undo_each_other() -> None:
     _same(before)
 
 
+@pytest.mark.vm(every=True)
+@pytest.mark.parametrize(
+    "die_at", ["", "write.cgroup.subtree_control.after@1,front.lost", "write.online.after@2,front.lost"]
+)
+def test_a_vm_that_comes_and_goes_leaves_the_vcpus_of_others_where_they_are(die_at: str) -> None:
+    # Before 6.2 the kernel gives every task in a cgroup all CPUs when cpusets are handed on there or taken away.
+    first = start("run", "--smt", "shared", "--pcpus", "2", "--name", "one", "--", "sh", "-c", "sleep 1000 & wait")
+    second = start(
+        "run", "--smt", "shared", "--isolation", "sweep", "--pcpus", "3", "--name", "two", "--", "sleep", "1000"
+    )
+    assert wait_until(lambda: {_state("one"), _state("two")} == {"RUNNING"}, 180.0), first.err + second.err
+    keepers = {"one": _keeper("one"), "two": _keeper("two")}
+    assert wait_until(lambda: len(tree.descendants(keepers["one"])) == 2)
+    before = {keeper: _masks(keeper) for keeper in keepers.values()}
+    assert before[keepers["one"]] == [{2}, {2}]
+
+    done = run("run", "--isolation", "full", "--require", "--pcpus", S, "--", "true", die_at=die_at)
+    if die_at:
+        assert done.code == -signal.SIGKILL
+        assert run("restore").code == 0
+    else:
+        assert done.code == 0, done.err
+
+    assert {keeper: _masks(keeper) for keeper in keepers.values()} == before
+    for started in (first, second):
+        started.kill()
+        started.wait()
+
+
+def _masks(keeper: int) -> list[set[int]]:
+    return [os.sched_getaffinity(member.pid) for member in tree.descendants(keeper)]
+
+
 # -- others change things ------------------------------------------------------------------------------
 
 
@@ -373,6 +406,25 @@ def test_what_somebody_else_changed_meanwhile_is_left_and_said(tmp_path: Path) -
     interval.write_text(before["/proc/sys/vm/stat_interval"])
     os.sched_setaffinity(task, range(8))
     _same(before)
+
+
+@pytest.mark.vm(every=True)
+@pytest.mark.parametrize("killed", [False, True], ids=["stopped", "killed"])
+def test_a_mask_that_somebody_else_has_set_outlives_the_partition(killed: bool) -> None:
+    # Before 6.2 the kernel overwrites it when the partition goes, at which no look has seen it yet.
+    task = _sleeper()
+    started = _launched("cpuset")
+    os.sched_setaffinity(task, {1, 3})
+    if killed:
+        for pid in (_keeper("rt"), started.pid):
+            os.kill(pid, signal.SIGKILL)
+        started.wait()
+        said = run("restore").out
+    else:
+        assert run("stop", "rt").code == 0
+        said = started.wait().err
+    assert os.sched_getaffinity(task) == {1, 3}
+    assert f"tid {task}" in said
 
 
 def test_a_task_that_puts_itself_back_is_moved_again_and_counted(tmp_path: Path) -> None:
