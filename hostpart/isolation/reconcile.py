@@ -245,7 +245,8 @@ def bring(host: Host, ledger: Ledger, taken: Mapping[str, CpuSet], service: CpuS
         if mechanism is irq and (entries := irq.newcomers(host, ledger.known(tasks=False), taken[level])):
             ledger.remember(entries)
         outcomes += _bring(host, ledger, mechanism, taken[level], service)
-        if mechanism is irq and not taken[level] and (notes := [key for key in irq.NOTES if key in ledger.known(tasks=False)]):
+        notes = [key for key in irq.NOTES if key in ledger.known(tasks=False)] if mechanism is irq else []
+        if notes and not taken[level]:
             # What appeared just before the default mask came back.
             if late := irq.newcomers(host, ledger.known(tasks=False), CpuSet()):
                 ledger.remember(late)
@@ -255,7 +256,7 @@ def bring(host: Host, ledger: Ledger, taken: Mapping[str, CpuSet], service: CpuS
 
 
 def _bring(host: Host, ledger: Ledger, mechanism: ModuleType, taken: CpuSet, service: CpuSet) -> list[Outcome]:
-    known = ledger.known()
+    known = ledger.known(tasks=False)
     there = {one.key: one for one in mechanism.settings(host)} if taken else {}
     there |= {key: one for key in known if (one := mechanism.of(key)) is not None and key not in there}
     return settle(there.values(), known, taken, service, host, ledger.remember, ledger.forget)
