@@ -4,7 +4,7 @@ All run in one virtual machine of the lab (``tests/vm``), in turns, on the same 
 ratios and counts of system calls are printed. Level ``sweep`` is compared with ``tuna --isolate`` and ``--include``,
 level ``cpuset`` with ``cset shield``, which needs version 1 of the controller. ``command`` is a whole command with its
 interpreter's start; ``library`` is a process forked off one that has all modules loaded. The sleepers are subshells of
-one dash, which wait to open a FIFO: a tenth of the memory of a forked Python's. ``x100`` makes them threads of Python
+one dash, which wait to open a FIFO: they copy few pages, so that 10,000 fit. ``x100`` makes them threads of Python
 processes instead, 100 each.
 
     python -m bench.bench_isolation [-k KERNEL] [-s v1|v2] [-n RUNS] [-m MEGABYTES] [-p tuna|cset] [-l LIMIT_S]
@@ -33,7 +33,7 @@ _PEERS = (
 _SITE = "/lab/peers"
 _TRACE = Path("/sys/kernel/tracing")
 _TASKS = ("100", "1000", "10000", "1000x100")
-_MEGABYTES = 2048  # for 10,000 sleepers: some 100 kB each, nearly all of it the kernel's
+_MEGABYTES = 3072  # 10,000 sleepers take some two thirds of it, most of that the kernel's
 _SAID = "/run/said"
 _LIMIT_S = 3600.0
 
