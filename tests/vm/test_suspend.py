@@ -27,7 +27,10 @@ TREE = Path("/sys/fs/cgroup")
 
 
 def suspend() -> float:
-    """Suspend the machine to memory; return for how long, by the kernel's clocks, once the lab has woken it."""
+    """Suspend the machine to memory; return for how long, by the kernel's clocks, once it is awake again.
+
+    Once only: QEMU wakes a machine by itself that has been asleep before.
+    """
     assert "deep" in Path("/sys/power/mem_sleep").read_text()
     before = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
     Path("/sys/power/state").write_text("mem")
@@ -89,8 +92,6 @@ def off(pid: int) -> bool:
 def test_after_a_suspend_the_partition_is_put_right_and_said(level: str, tmp_path: Path) -> None:
     unplug()
     pid, pinned = sleeper(), sleeper(1)
-    suspend()  # what it does by itself to the masks of the kernel's threads is done
-    os.sched_setaffinity(pinned, {1})
     before = fingerprint()
     started = launched(level, tmp_path / "e.json")
     assert off(pid)
