@@ -301,7 +301,7 @@ class _Sweep:
         # Those that wait for a CPU or for their cpuset may be there, and no others: what those have now is theirs.
         self.left = dict(self.known)
         self.marked = _SWEPT in remembered
-        self.first = not self.marked and (bool(self.released) or not self.known)
+        self.first = not self.marked
         self.wide = frozenset(remembered[_WIDE].ours) if _WIDE in remembered else frozenset[str]()
         self.online = CpuSet()
         self.masks: dict[bytes, CpuSet] = {}
@@ -316,7 +316,7 @@ class _Sweep:
         self.moved = 0
 
     def run(self) -> Swept:
-        if self.first and not self.released:
+        if self.first and not self.known and not self.released:
             return Swept()
         self.online = CpuSet.parse(self.host.read_text("sys/devices/system/cpu/online"))
         self.tasks = _read_all(self.masks)
