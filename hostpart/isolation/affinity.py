@@ -465,6 +465,10 @@ class _Sweep:
         # Whether it is as hostpart may have left it.
         if now in known.ours or now == known.baseline or now in self.wide:
             return True
+        # What its own cpuset, narrowed by somebody since, leaves of a mask of ours is no choice of the task's.
+        there = _cpuset(self.host, task.tid, CpuSet())
+        if now in {str(CpuSet.parse(one) & there) for one in (*known.ours, known.baseline)}:
+            return True
         # When a CPU goes offline the kernel takes it out of the masks of some threads of its own (rcu_exp_*).
         return task.kthread and now in {str(CpuSet.parse(one) & self.online) for one in (*known.ours, known.baseline)}
 

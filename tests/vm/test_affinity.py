@@ -608,8 +608,7 @@ def test_a_mask_that_waits_for_its_cpuset_says_nothing_of_others(family: Family,
         os.sched_setaffinity(waits, range(6))
         sweep(ledger, held("4-5"))
         (top / "small/cpuset.cpus").write_text("0-2")
-        if not sweep(ledger).postponed:
-            pytest.skip("before Linux 6.2 what a cpuset leaves of a mask is the task's mask, as if somebody had set it")
+        assert sweep(ledger).postponed
         assert len(ledger.known()) == 1
         # What the others are given at the next release, one has been pinned to by somebody else before that.
         pinned = family.sleeper("0-3,6-7")
