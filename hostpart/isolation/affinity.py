@@ -323,7 +323,7 @@ class _Sweep:
         # Those that wait for a CPU or for their cpuset may be there, and no others: what those have now is theirs.
         self.left = dict(self.known)
         self.marked = _SWEPT in remembered
-        self.first = not self.marked and (bool(self.released) or not self.known)
+        self.first = not self.marked
         self.wide = frozenset(remembered[_WIDE].ours) if _WIDE in remembered else frozenset[str]()
         self.online = CpuSet()
         self.masks: dict[bytes, CpuSet] = {}
@@ -344,7 +344,7 @@ class _Sweep:
         self.moved = 0
 
     def run(self) -> Swept:
-        if self.first and not self.released:
+        if self.first and not self.known and not self.released:
             return Swept()
         self._read_tasks()
         self._find_missed()
@@ -518,6 +518,10 @@ class _Sweep:
     def _is_ours(self, task: Task, now: str, known: Known) -> bool:
         # Whether it is as hostpart may have left it.
         if now in known.ours or now == known.baseline or now in self.wide:
+            return True
+        # What its own cpuset, narrowed by somebody since, leaves of a mask of ours is no choice of the task's.
+        there = _cpuset(self.host, task.tid, CpuSet())
+        if now in {str(CpuSet.parse(one) & there) for one in (*known.ours, known.baseline)}:
             return True
         # When a CPU goes offline the kernel takes it out of the masks of some threads of its own (rcu_exp_*).
         return task.kthread and now in {str(CpuSet.parse(one) & self.online) for one in (*known.ours, known.baseline)}

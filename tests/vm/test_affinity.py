@@ -582,6 +582,19 @@ def test_a_task_in_a_cpuset_of_its_own_moves_within_it(family: Family, ledger: L
         (top / "cgroup.subtree_control").write_text("-cpuset")
 
 
+def test_a_task_that_was_pinned_is_not_taken_for_one_that_waits_for_a_cpu(
+    family: Family, ledger: Ledger, offline: Callable[[int], None]
+) -> None:
+    pinned, waits = family.sleeper("1"), family.sleeper("1,6")
+    sweep(ledger, held("6"))
+    offline(6)
+    sweep(ledger)
+    Path("/sys/devices/system/cpu/cpu6/online").write_text("1")
+    sweep(ledger)
+    assert (mask_of(pinned), mask_of(waits)) == ("1", "1,6")
+    assert ledger.known() == {}
+
+
 def test_a_mask_that_waits_for_its_cpuset_says_nothing_of_others(family: Family, ledger: Ledger) -> None:
     top = Path("/sys/fs/cgroup")
     if not (top / "cgroup.controllers").exists():

@@ -179,7 +179,7 @@ class Order(RuleBasedStateMachine):
 
     def _vm_is_stopped(self, data: st.DataObject) -> None:
         name, vm = self._drawn(data)
-        done = run("stop", name)
+        done = run("stop", "--time", str(PATIENCE_S), name, timeout=2 * PATIENCE_S)
         assert done.code == 0, done
         vm.started.wait()
         del self.vms[name]
