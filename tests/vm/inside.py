@@ -168,6 +168,10 @@ class Resident:
         _awake(order)
         return {"awake": True}
 
+    def clock(self, _: dict[str, object]) -> dict[str, object]:
+        """Say what its clock says."""
+        return {"now": time.monotonic()}
+
     def unpack(self, order: dict[str, object]) -> dict[str, object]:
         data = self.window[: int(str(order["size"]))]
         with tarfile.open(fileobj=io.BytesIO(data)) as archive:

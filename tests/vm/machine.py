@@ -215,6 +215,19 @@ class Machine:
         self._ask("cont")
         self.say({"do": "wake", "now": time.time(), "entropy": os.urandom(64).hex()})
 
+    def check_clock(self) -> None:
+        """See that a second is one: where this machine is busy, the kernel may have measured it wrongly as it booted.
+
+        :raises Dead: where it is not
+        """
+        here, there = time.monotonic(), float(str(self.say({"do": "clock"})["now"]))
+        time.sleep(1.0)
+        there = float(str(self.say({"do": "clock"})["now"])) - there
+        here = time.monotonic() - here
+        if not 0.5 * here < there < 2.0 * here:
+            self.console.append(f"(ended: {there:.1f} s went by in it in {here:.1f} s)")
+            raise self._dead()
+
     def save(self, path: Path) -> None:
         """Write the whole state of the machine to the file *path*; it stands still from then on."""
         self._ask("stop")
@@ -288,6 +301,7 @@ def booted(kind: Kind) -> Path:
             said = machine.hear()
             if "up" not in said:
                 raise LabError(f"the guest's image is not complete: {said}")
+            machine.check_clock()
             machine.say({"do": "unpack"}, drivers)
             if machine.say({"do": "execute", "argv": [f"/{_LOADER}"], "cwd": "/"})["status"]:
                 raise LabError("\n".join(["the guest could not load a driver:", *machine.console[-60:]]))
