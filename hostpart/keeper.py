@@ -26,7 +26,7 @@ from .hypervisor import Hypervisor
 from .isolation import Isolation, Wish
 from .lease import Holder, Leases, Line
 from .ledger import Ledger, VmRow, boot_id
-from .procfs import pinned_alone, start_time, threads
+from .procfs import pinned_alone, read_stat, start_time, threads
 from .topology import read_topology
 from .value import Value
 
@@ -517,6 +517,8 @@ class Keeper:
             born = {member.pid for member in tree.descendants(os.getpid())}
             there = pinned_alone()
             found = {cpu: (pids - born).intersection(there.get(cpu, ())) for cpu, pids in found.items()}
+            # One of the guest's that has ended keeps its mask until it is reaped, and is below nobody's eyes.
+            found = {cpu: {pid for pid in pids if not _ended(pid)} for cpu, pids in found.items()}
         for cpu, pids in found.items():
             known = self._foreign.setdefault(cpu, [])
             new = sorted(pids.difference(known))
@@ -680,3 +682,8 @@ def _guest_text(config: VmConfig) -> str:
     text = f"python {guest.target}" if guest.kind == "python" else " ".join(guest.argv)
     # An argument may be any bytes; the ledger holds text only.
     return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def _ended(pid: int) -> bool:
+    stat = read_stat(pid)
+    return stat is None or stat.dead

@@ -43,13 +43,13 @@ from .setting import Outcome, settle
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from types import ModuleType
     from typing import Any
 
     from ..ledger import Holding, Ledger
 
-__all__ = ["Busy", "Report", "bring", "cpusets", "guests", "reconcile", "released", "worded"]
+__all__ = ["Busy", "Report", "bring", "check", "cpusets", "guests", "reconcile", "released", "worded"]
 
 # From which level on, in the order of a release; on the way back it is the other way round, so that irqbalance
 # goes on last.
@@ -124,10 +124,16 @@ def guests(ledger: Ledger) -> frozenset[int]:
 
 
 def reconcile(
-    ledger: Ledger, host: Host | None = None, *, cycle: CpuSet | None = None, wait_s: float = _LOCK_WAIT_S
+    ledger: Ledger,
+    host: Host | None = None,
+    *,
+    cycle: CpuSet | None = None,
+    wait_s: float = _LOCK_WAIT_S,
+    enter: Callable[[], None] = lambda: None,
 ) -> Report:
     """Bring the host to what the ledger's VMs hold now; with none, to what it was.
 
+    :param enter: enters in the ledger what a VM holds from now on; done so that nobody's :func:`check` comes between
     :param cycle: pCPUs to take offline and online on the way: those of a VM whose guest has not started yet
     :param wait_s: how long to wait for another process that does the same
     :raises Busy: where that one does not finish
@@ -135,10 +141,31 @@ def reconcile(
     """
     host = host or Host()
     if host.rehearses:
+        enter()
         return _reconcile(ledger, host, cycle or CpuSet())  # on a copy of the ledger, which is its caller's alone
     lock = _lock(ledger.directory, wait_s)
     try:
+        enter()
         return _reconcile(ledger, host, cycle or CpuSet())
+    finally:
+        os.close(lock)
+
+
+def check(ledger: Ledger, host: Host, wait_s: float = _LOCK_WAIT_S) -> list[str]:
+    """Return what does not hold of the cgroups that keep the host off, a sentence each.
+
+    While a VM comes or goes they are not as the ledger has them, which is nothing to complain of: what was found is
+    looked at again where nobody changes anything.
+
+    :param wait_s: how long to wait for that
+    :raises Busy: where another process still brings the host somewhere
+    """
+    sets = cpusets(host)
+    if not sets.check(host, ledger.holdings()):
+        return []
+    lock = _lock(ledger.directory, wait_s)
+    try:
+        return list(sets.check(host, ledger.holdings()))
     finally:
         os.close(lock)
 

@@ -17,7 +17,7 @@ from ..errors import HostpartError
 from . import affinity, irq
 from .level import LEVELS, Isolation, at_least
 from .reach import below, reach
-from .reconcile import Busy, Report, cpusets, guests, reconcile, worded
+from .reconcile import Busy, Report, check, cpusets, guests, reconcile, worded
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -74,10 +74,8 @@ class Watch:
         """
         isolation = reach(wish, self.host, self.ledger, self._pcpus)
         while at_least(isolation.reached, "sweep"):
-            self.ledger.isolate(self.row.id, isolation.reached, isolation.scope, str(wish.mems), cycle=wish.cycle)
-            crash.point("watch.entered")
             cycle = self._pcpus if wish.cycle or at_least(isolation.reached, "full") else CpuSet()
-            report = self._reconcile(cycle)
+            report = self._reconcile(cycle, enter=lambda one=isolation: self._enter(wish, one))
             problems = (*report.problems, *self._check(isolation.reached))
             if not problems:
                 break
@@ -98,6 +96,10 @@ class Watch:
         self._online = self._read_online()
         self._next_sweep = time.monotonic() + _SWEEP_S
         return isolation
+
+    def _enter(self, wish: Wish, isolation: Isolation) -> None:
+        self.ledger.isolate(self.row.id, isolation.reached, isolation.scope, str(wish.mems), cycle=wish.cycle)
+        crash.point("watch.entered")
 
     def _find_leaf(self) -> None:
         sets = cpusets(self.host)
@@ -123,6 +125,10 @@ class Watch:
         """See whether it holds, and mend what does not."""
         if self.isolation.reached == "affinity":
             return
+        try:
+            problems = self._check(self.isolation.reached, wait_s=0.0)
+        except Busy:
+            return  # a VM comes or goes; the next look comes soon
         online, asleep_s = self._read_online(), _asleep()
         slept = asleep_s - self._asleep_s > _SLEPT_S
         changed = slept or online != self._online
@@ -131,7 +137,6 @@ class Watch:
         if online != self._online:
             self._note(f"CPUs {self._online} were online, now {online} are")
         self._online, self._asleep_s = online, asleep_s
-        problems = self._check(self.isolation.reached)
         for problem in problems:
             if problem not in self.breaches:
                 self.breaches.append(problem)
@@ -162,7 +167,10 @@ class Watch:
             return
         for who in report.escapees:
             self._tell(f"{who} put itself back onto pCPUs of VM {self.row.name!r}")
-        left = self._check(self.isolation.reached)
+        try:
+            left = self._check(self.isolation.reached, wait_s=0.0)
+        except Busy:
+            return  # as above
         if problems and not left:
             self._note("the partition was mended: " + "; ".join(problems))
         for problem in left:
@@ -179,9 +187,10 @@ class Watch:
         self._fds = []
         crash.point("watch.ending")
         try:
-            self.ledger.isolate(self.row.id, "affinity")
-            self._reconcile(CpuSet())
+            self._reconcile(CpuSet(), enter=lambda: self.ledger.isolate(self.row.id, "affinity"))
         except HostpartError as error:
+            if isinstance(error, Busy):
+                self.ledger.isolate(self.row.id, "affinity")  # for whoever comes next
             self._note(f"the host was not put back: {error}; run 'hostpart restore'")
         for text in (*self.report.foreign, *self.report.postponed, *self.report.problems):
             self._tell(text)
@@ -193,8 +202,7 @@ class Watch:
 
     # -- inside ------------------------------------------------------------------------------------------
 
-    def _reconcile(self, cycle: CpuSet, wait_s: float | None = None) -> Report:
-        more = {} if wait_s is None else {"wait_s": wait_s}
+    def _reconcile(self, cycle: CpuSet, **more: Any) -> Report:
         interrupts = irq.numbers(self.host)
         try:
             report = reconcile(self.ledger, self.host, cycle=cycle, **more)
@@ -204,10 +212,8 @@ class Watch:
         self.report |= report
         return report
 
-    def _check(self, level: str) -> tuple[str, ...]:
-        if not at_least(level, "cpuset"):
-            return ()
-        return tuple(cpusets(self.host).check(self.host, self.ledger.holdings()))
+    def _check(self, level: str, **more: float) -> tuple[str, ...]:
+        return tuple(check(self.ledger, self.host, **more)) if at_least(level, "cpuset") else ()
 
     def _read_online(self) -> str:
         return self.host.read_text("sys/devices/system/cpu/online").strip()

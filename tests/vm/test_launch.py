@@ -99,6 +99,11 @@ def test_vms_of_one_file_stop_in_any_order_and_leave_the_host_as_it_was(tmp_path
     assert same(before) == []
     with Ledger() as ledger:
         assert not ledger.remembers()
+        logs = [path.read_text() for path in Path(ledger.directory, "log").iterdir()]
+    # While one comes or goes the others' partitions hold, and are not said to have been broken.
+    said = "\n".join(logs)
+    assert all(f"\n{name}: " in said for name, _ in VMS.values()), said
+    assert not [word for word in ("broken", "should have", "foreign") if word in said], said
 
 
 def _all_vms() -> list[str]:

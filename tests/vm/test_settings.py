@@ -294,6 +294,7 @@ def test_a_new_interrupt_that_somebody_steered_stays_where_they_did(ledger: Ledg
     put(theirs, "1-2")
     bring(ledger, "")
     assert (port(), ledger.known()) == (unplugged | {theirs: "1-2"}, {})
+    put(theirs, unplugged[theirs])
 
 
 def test_an_old_interrupt_with_just_the_narrowed_mask_is_not_taken_for_a_new_one(ledger: Ledger) -> None:
