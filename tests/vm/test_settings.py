@@ -20,6 +20,7 @@ from hostpart.isolation import LEVELS, irqbalance, reconcile
 from hostpart.isolation.setting import Outcome, settle
 from hostpart.ledger import Ledger
 from hostpart.rehearsal import Rehearsal
+from tests.vm.devices import DEVICES, unplug
 from tests.vm.fingerprint import difference, fingerprint
 from workers import crash
 
@@ -36,6 +37,18 @@ def bring(ledger: Ledger, released: str, host: Host | None = None) -> dict[str, 
     service = CpuSet.parse(Path("/sys/devices/system/cpu/online").read_text()) - taken
     outcomes = reconcile.bring(host or Host(), ledger, dict.fromkeys(LEVELS, taken), service)
     return {one.key: one for one in outcomes}
+
+
+@pytest.fixture
+def few() -> None:
+    """No device with many interrupts has a driver: for what goes through all writes."""
+    unplug()
+
+
+@pytest.fixture
+def only_the_port() -> None:
+    """As ``few``, but the virtual port keeps its driver."""
+    unplug(but="port")
 
 
 @pytest.fixture
@@ -236,13 +249,14 @@ def test_a_rehearsal_lists_every_write_once_and_makes_none(ledger: Ledger) -> No
 # -- interrupts that come and go -----------------------------------------------------------------------
 
 
-PORT = "0000:00:07.0"  # a virtual port, whose driver every kernel has
-DRIVER = "/sys/bus/pci/drivers/virtio-pci"
+PORT = DEVICES["port"][0]  # whose driver every kernel has
+DRIVER = f"/sys/bus/pci/drivers/{DEVICES['port'][1]}"
 
 
 def port() -> dict[str, str]:
     """Return the masks of the port's interrupts, by file; none while it has no driver."""
-    found = [os.path.dirname(path) for path in glob.glob("/proc/irq/*/virtio1-*")]
+    name = "".join(map(os.path.basename, glob.glob(f"/sys/bus/pci/devices/{PORT}/virtio*")))
+    found = [os.path.dirname(path) for path in glob.glob(f"/proc/irq/*/{name}-*") if name]
     return {f"{folder}/smp_affinity_list": get(f"{folder}/smp_affinity_list") for folder in found}
 
 
@@ -306,9 +320,10 @@ def test_an_old_interrupt_with_just_the_narrowed_mask_is_not_taken_for_a_new_one
     put("/proc/irq/10/smp_affinity_list", was)
 
 
+@pytest.mark.vm(limit_s=400)
 @pytest.mark.parametrize("point", ["write.before", "write.after", "ledger.remember.after", "ledger.forget.before"])
 def test_killed_at_any_point_a_new_interrupt_ends_with_what_it_would_have_had(
-    ledger: Ledger, unplugged: dict[str, str], tmp_path: Path, point: str
+    only_the_port: None, ledger: Ledger, unplugged: dict[str, str], tmp_path: Path, point: str
 ) -> None:
     died = 0
     for number in itertools.count(1, 7):
@@ -343,6 +358,7 @@ def dies(directory: Path, where: str, steps: tuple[str, ...]) -> bool:
     return status != 0
 
 
+@pytest.mark.vm(limit_s=400)
 @pytest.mark.parametrize(
     ("point", "stride"),
     [
@@ -356,7 +372,7 @@ def dies(directory: Path, where: str, steps: tuple[str, ...]) -> bool:
 )
 @pytest.mark.parametrize("then", ["", "6-7"], ids=["nothing is released then", "another VM is there then"])
 def test_killed_at_any_point_it_is_put_right_by_the_next_call(
-    ledger: Ledger, tmp_path: Path, point: str, stride: int, then: str
+    few: None, ledger: Ledger, tmp_path: Path, point: str, stride: int, then: str
 ) -> None:
     was = {path: cpus(path) for path in masks()}
     before = fingerprint(tasks=False)

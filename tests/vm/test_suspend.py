@@ -17,6 +17,7 @@ import pytest
 
 from hostpart.ledger import Ledger
 from tests.vm.command import Started, start, wait_until
+from tests.vm.devices import unplug
 from tests.vm.fingerprint import difference, fingerprint
 
 pytestmark = pytest.mark.vm(kernels=("6.12", "6.19"), limit_s=400)
@@ -35,15 +36,6 @@ def suspend() -> float:
     before = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
     Path("/sys/power/state").write_text("mem")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic() - before
-
-
-def unplug() -> None:
-    """Take their drivers from devices that give their interrupts back on the way down, and get other numbers after."""
-    for driver, last in (("virtio-pci", (5, 7, 8)), ("vmxnet3", (6,))):
-        for device in last:
-            folder = Path(f"/sys/bus/pci/drivers/{driver}")
-            if (folder / f"0000:00:{device:02}.0").exists():
-                (folder / "unbind").write_text(f"0000:00:{device:02}.0")
 
 
 def sleeper(*cpus: int) -> int:
@@ -90,7 +82,7 @@ def off(pid: int) -> bool:
 
 @pytest.mark.parametrize("level", ["sweep", "cpuset", "full"])
 def test_after_a_suspend_the_partition_is_put_right_and_said(level: str, tmp_path: Path) -> None:
-    unplug()
+    unplug()  # they give their interrupts back on the way down, and get others after it
     pid, pinned = sleeper(), sleeper(1)
     before = fingerprint()
     started = launched(level, tmp_path / "e.json")
