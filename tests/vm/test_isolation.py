@@ -56,7 +56,7 @@ def _population() -> list[int]:
 
 def _launched(level: str, *more: str, command: tuple[str, ...] = ("sleep", "1000")) -> Started:
     started = start("run", "--isolation", level, "--require", "--pcpus", S, "--name", "rt", *more, "--", *command)
-    assert wait_until(lambda: _state("rt") == "RUNNING" or started.ended()), started.err
+    assert wait_until(lambda: _state("rt") == "RUNNING" or started.ended(), 200.0), started.err
     assert not started.ended(), started.err
     return started
 
@@ -201,7 +201,7 @@ def _load_average() -> int:
     return int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
 
 
-@pytest.mark.vm(limit_s=300, every=True)
+@pytest.mark.vm(limit_s=500, every=True)
 @pytest.mark.parametrize("level", ["cpuset", "full"])
 def test_nothing_else_runs_on_the_guests_pcpus(level: str) -> None:
     before = fingerprint(tasks=False)
