@@ -93,7 +93,7 @@ def text(record: Mapping[str, Any]) -> str:
     """Return the record in a few lines, the primary metric first."""
     where = record["where"] or {}
     seat = f"{where['vm']} vCPU {where['vcpu']}, " if where.get("vm") else ""
-    cpus = f"{seat}pCPU {where['cpus_allowed']}" if where else ""
+    cpus = f"{seat}pCPU {where['cpus_allowed']}" if where.get("cpus_allowed") else ""
     seconds = _seconds(record)
     head = ", ".join(part for part in (cpus, seconds, f"engine {record['engine']}") if part)
     lines = [f"{record['probe']}: {head}"]
@@ -110,9 +110,8 @@ def text(record: Mapping[str, Any]) -> str:
 
 
 def _seconds(record: Mapping[str, Any]) -> str:
-    if not record["started"] or not record["ended"]:
-        return ""
-    return f"{(record['ended']['monotonic_ns'] - record['started']['monotonic_ns']) / 1e9:.3g} s"
+    times = [record[name]["monotonic_ns"] for name in ("started", "ended") if record[name]]
+    return f"{(times[1] - times[0]) / 1e9:.3g} s" if len(times) == 2 and None not in times else ""
 
 
 def _shown(value: float | None, unit: str) -> str:
