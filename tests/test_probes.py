@@ -181,6 +181,34 @@ def test_a_wakeup_is_never_early_and_each_one_counts() -> None:
     assert value(found, "latency_p50") <= value(found, "latency_p99") <= value(found, "latency_p99_9") <= latency["max"]
 
 
+def test_an_interval_may_be_longer_than_a_slice() -> None:
+    found = measured("wakeup", engine="python", interval_us="150000", seconds="0.4", slice_ms="20")
+    assert 1 <= value(found, "wakeups") <= 4
+    assert len(found["slices"]["length_ns"]) == value(found, "wakeups")
+
+
+@pytest.mark.parametrize("engine", BOTH)
+def test_a_sleep_that_a_signal_ends_is_no_wakeup(engine: str) -> None:
+    options = {"engine": engine, "seconds": "600", "warmup": "0", "interval_us": "10000000"}
+    process = start("wakeup", options)
+    assert wait_until(lambda: catches(process, signal.SIGTERM) and sleeps(process.pid), 120)
+    process.terminate()
+    out, err = process.communicate(timeout=5)
+    assert (process.returncode, err) == (0, "")
+    found = checked(out)
+    assert (value(found, "wakeups"), found["histograms"]["latency"]["count"]) == (0, 0)
+    assert found["cut_short"] is True
+
+
+def sleeps(pid: int) -> bool:
+    """Whether the process is in a sleep that lasts, which one that calibrates or compiles is not."""
+    for _ in range(20):
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "S":
+            return False
+        time.sleep(0.01)
+    return True
+
+
 def test_a_wakeup_sees_that_its_process_was_stopped() -> None:
     process = start("wakeup", {"engine": "python", "seconds": "2"})
     while process.poll() is None:

@@ -42,12 +42,14 @@ def _measure(run: Measurement) -> None:
     run.calibration = engine.calibrate(run.engine)
     run.calibration |= _floor(sleep)
     latency = run.histogram("latency", "ns")
-    events = missed = 0
+    missed = 0
+    seen: list[list[int]] = []
+    wanted = time.monotonic_ns() + interval
     for piece in run.slices():
         late: list[int] = []
         skipped = 0
-        wanted = time.monotonic_ns() + interval
-        while wanted <= piece.until_ns:
+        # A slice ends with a wake-up, so there is one in each, however long the interval is.
+        while not run.ended:
             awake = sleep(wanted)
             if not awake:
                 break
@@ -55,16 +57,19 @@ def _measure(run: Measurement) -> None:
             passed = (awake - wanted) // interval
             skipped += passed
             wanted += interval * (passed + 1)
-        latency.update(late)  # between the last wake-up of this slice and the first of the next
+            if wanted > piece.until_ns:
+                break
         piece.values = {"wakeups": len(late), "latency_max": max(late, default=None), "missed": skipped}
         if not piece.warm:
-            events += len(late)
+            seen.append(late)  # counted later: that would make the next one late
             missed += skipped
+    for late in seen:
+        latency.update(late)
     run.series("wakeups", "1")
     run.series("latency_max", "ns")
     run.series("missed", "1")
     run.percentiles("latency", "latency", primary="p99")
-    run.metric("wakeups", events, "1", "higher")
+    run.metric("wakeups", latency.count, "1", "higher")
     run.metric("missed", missed, "1", "lower")
 
 
