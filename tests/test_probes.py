@@ -269,9 +269,12 @@ def test_ping_pong_goes_to_and_fro_between_two_vcpus(engine: str, tmp_path: Path
     assert (first["parameters"]["role"], second["parameters"]["role"]) == ("leads", "follows")
     assert first["cut_short"] is False
     assert second["cut_short"] is False
-    assert first["histograms"]["round_trip"]["count"] > 0
+    done = value(first, "round_trips_done")
+    assert first["histograms"]["round_trip"]["count"] == done > 0
+    assert sum(first["slices"]["series"]["round_trips"]["values"]) == done
     assert value(first, "round_trips") > 0
-    assert value(second, "round_trips") > 0
+    assert value(second, "round_trips_done") > 0
+    assert (second["histograms"], second["primary"]) == ({}, None)
 
 
 @pytest.mark.usefixtures("two_pcpus")
@@ -408,6 +411,11 @@ def test_without_numba_what_needs_it_fails_with_the_remedy(name: str, engine: st
     assert (process.returncode, out) == (1, "")
     assert f"hostpart: probe {name}: " in err
     assert "numba is not installed\ntry: pip install 'hostpart[probes]'\n" in err
+
+
+def test_noise_takes_a_threshold_of_itself_that_its_loop_can_tell() -> None:
+    found = measured("noise", engine="python", threshold_ns="0")["calibration"]
+    assert found["threshold_ns"] == max(1000, round(2 * found["ns_per_loop"]))
 
 
 def test_a_threshold_that_the_loop_cannot_tell_is_refused() -> None:
@@ -579,6 +587,19 @@ def test_run_shows_people_a_few_lines(place: Place) -> None:
     head, metric = done.stdout.splitlines()
     assert head.startswith("spin: run-")
     assert metric.startswith("  loops  ")
+
+
+def test_run_lets_two_vcpus_play_ping_pong(place: Place) -> None:
+    if len(USABLE) < 3:
+        pytest.skip("needs three usable pCPUs")
+    done = place.run("run", "-n", "2", "--probe", "pingpong", "--engine", "python", "--seconds", "0.3", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = sorted(
+        (checked(line) for line in done.stdout.splitlines(keepends=True)), key=lambda one: one["where"]["vcpu"]
+    )
+    assert [one["parameters"]["role"] for one in found] == ["leads", "follows"]
+    assert [one["cut_short"] for one in found] == [False, False]
+    assert found[0]["histograms"]["round_trip"]["count"] > 0
 
 
 @pytest.mark.usefixtures("two_pcpus")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CHUNK", "UNKNOWN_LLC", "Buffer", "llc_bytes"]
 
-CHUNK = 256 << 10  # bytes of one call: some ten microseconds
+CHUNK = 1 << 20  # bytes of one call: some hundred microseconds, of which the way to the library is a small part
 UNKNOWN_LLC = 32 << 20  # where the kernel describes no caches
 
 _FILL, _ABSENT = 1, 2

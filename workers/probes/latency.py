@@ -78,18 +78,19 @@ def _measure(run: Measurement) -> None:
         if name != "memory":
             chain.go(chain.count)
         took = run.histogram(f"load_{name}", "ps")
-        start = now = time.monotonic_ns()
-        done = 0
-        while not done or (now < piece.until_ns and not run.ended):  # the round may have taken all of the slice
-            before, loads = now, chain.loads
-            chain.go(loads)
-            done += loads
+        times: list[int] = []
+        now = 0
+        while not times or (now < piece.until_ns and not run.ended):  # the round may have taken all of the slice
+            before = time.monotonic_ns()
+            chain.go(chain.loads)
             now = time.monotonic_ns()
-            took.add((now - before) * 1000 // loads)
-        piece.values = {name: (now - start) / done}
+            times.append(now - before)
+        took.update(time_ns * 1000 // chain.loads for time_ns in times)
+        done = chain.loads * len(times)
+        piece.values = {name: sum(times) / done}
         if not piece.warm:
             total[name] += done
-            spent[name] += now - start
+            spent[name] += sum(times)
     primary = "llc" if "llc" in names else names[-1]
     for name in names:
         value = spent[name] / total[name] if total[name] else None

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PROBE", "main"]
 
+_THRESHOLD_NS = 1000  # with which both engines agree on the time lost, on a machine of these years
 _OWN_WORK_NS = 200_000  # what the probe does between two slices takes less, interpreted and on a slow machine
 _CAPACITY = 1 << 20  # gaps of one run that the compiled loop has room for; it starts again from the front then
 
@@ -38,16 +39,8 @@ def main() -> int:
 
 def _measure(run: Measurement) -> None:
     run.calibration = engine.calibrate(run.engine)
-    threshold = run.whole("threshold_ns")
+    threshold = _threshold(run.whole("threshold_ns"), run.calibration["ns_per_loop"], run.engine)
     run.calibration["threshold_ns"] = threshold
-    least = 2 * run.calibration["ns_per_loop"]
-    if threshold < least:
-        raise Refused(
-            f"a gap of {threshold} ns cannot be told from the loop itself, which takes "
-            f"{run.calibration['ns_per_loop']:.0f} ns ({run.engine})",
-            f"--threshold-ns {least:.0f} or more"
-            + ("" if run.engine == "numba" else f"; a compiled loop is shorter: {engine.REMEDY}"),
-        )
     watch, gaps = _compiled(threshold) if run.engine == "numba" else _interpreted(threshold)
     histogram = run.histogram("gap", "ns")
     observed = longest = lost = last = 0
@@ -77,6 +70,20 @@ def _measure(run: Measurement) -> None:
     run.metric("lost", lost if observed else None, "ns", "lower")
     run.metric("observed", observed, "ns", "higher")
     run.percentiles("gap", "gap")
+
+
+def _threshold(asked_ns: int, ns_per_loop: float, engine_name: str) -> int:
+    least = round(2 * ns_per_loop)
+    if not asked_ns:
+        return max(_THRESHOLD_NS, least)
+    if asked_ns < least:
+        raise Refused(
+            f"a gap of {asked_ns} ns cannot be told from the loop itself, which takes {ns_per_loop:.0f} ns "
+            f"({engine_name})",
+            f"--threshold-ns {least} or more"
+            + ("" if engine_name == "numba" else f"; a compiled loop is shorter: {engine.REMEDY}"),
+        )
+    return asked_ns
 
 
 def _interpreted(threshold_ns: int) -> tuple[Watch, Callable[[], list[int]]]:
@@ -136,6 +143,6 @@ PROBE = measurement.Probe(
     "noise",
     "how much time others take from a busy loop: time lost, gaps per second, longest gap",
     _measure,
-    Parameter("threshold_ns", 1000, "shortest gap that counts", low=1, high=10**12),
+    Parameter("threshold_ns", 0, "shortest gap that counts; 0: 1000, or two turns of the loop if longer", high=10**12),
     engines=("numba", "python"),
 )

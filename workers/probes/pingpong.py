@@ -63,25 +63,31 @@ def _measure(run: Measurement) -> None:
 
 
 def _play(run: Measurement, words: _Words, peer: socket.socket) -> None:
-    took = run.histogram("round_trip", "ns")
+    took = run.histogram("round_trip", "ns") if words.leads else None
     total = spent = 0
     # The one who follows ends when the other one says so, else it would end the other one's time.
     for piece in run.slices(endless=not words.leads):
-        start = now = time.monotonic_ns()
-        done = 0
+        now = time.monotonic_ns()
+        done = playing = 0
         while now < piece.until_ns and not run.ended:
+            start = now
             count, times = words.rounds(min(now + _LOOK_NS, piece.until_ns))
-            took.update(times)
-            done, now = done + count, time.monotonic_ns()
+            playing += time.monotonic_ns() - start
+            done += count
+            if took:
+                took.update(times)
             if words.over or (not count and _is_gone(peer)):
                 run.leave(cut_short=words.leads or not words.over)
-        piece.values = {"round_trips": run.per_second(done, now - start)}
+            now = time.monotonic_ns()
+        piece.values = {"round_trips": done}
         if not piece.warm:
-            total, spent = total + done, spent + now - start
+            total, spent = total + done, spent + playing
     words.finish()
-    run.series("round_trips", "1/s")
-    run.metric("round_trips", run.per_second(total, spent), "1/s", "higher", primary=True)
+    run.series("round_trips", "1")
+    run.metric("round_trips_done", total, "1", "higher")
+    # Only the one who leads knows which of the time was spent on playing.
     if words.leads:
+        run.metric("round_trips", run.per_second(total, spent), "1/s", "higher", primary=True)
         run.percentiles("round_trip", "round_trip")
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PROBE", "main"]
 
-_PART = 64 << 10
+_PART = 256 << 10
 
 
 def main() -> int:
