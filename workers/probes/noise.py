@@ -50,7 +50,7 @@ def _measure(run: Measurement) -> None:
         found = gaps()
         if piece.warm:
             continue
-        if last and first - last > _OWN_WORK_NS:
+        if last and first - last > max(_OWN_WORK_NS, threshold):
             found.append(first - last)
             observed += first - last
         observed += end - first
