@@ -550,7 +550,7 @@ def _environment_reader(name: str) -> Callable[[object], str]:
     def read(value: object) -> str:
         if not name or "=" in name or "\0" in name:
             raise ValueError("is no name for an environment variable: it is empty, or holds '=' or NUL")
-        if name.startswith("HOSTPART_"):
+        if name.startswith("HOSTPART_") and not name.startswith("HOSTPART_PROBE_"):
             raise ValueError("is set by hostpart itself")
         if not isinstance(value, str) or "\0" in value:
             raise ValueError(f"want text{' without NUL' if isinstance(value, str) else ''}, got {_shown(value)}")

@@ -125,7 +125,7 @@ def test_all_faults_are_reported_at_once_and_each_leads_with_its_key() -> None:
         name = "b"
         vcpus = 0
         command = ["true"]
-        env = { HOSTPART_VM = "x", Y = 3 }
+        env = { HOSTPART_VM = "x", Y = 3, HOSTPART_PROBE_SECONDS = "1" }
         nice = 20
     """
     assert [fault.partition(": ")[0] for fault in faults(text)] == [

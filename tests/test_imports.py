@@ -69,7 +69,17 @@ def test_nothing_of_a_command_that_is_not_run_is_imported(imported_by_run: froze
     assert commands == {"hostpart.cli.run", "hostpart.cli.options"}
 
 
-@pytest.mark.parametrize("module", ["workers", "workers.vcpu", "workers.guest", "workers.log", "workers.probes.hello"])
+def test_no_probe_is_imported_for_a_command(imported_by_run: frozenset[str]) -> None:
+    assert {name for name in imported_by_run if name.startswith("workers.probes")} == set()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "workers", "workers.vcpu", "workers.guest", "workers.log", "workers.probes.hello", "workers.probes.measurement",
+        "workers.probes.tools",
+    ],
+)  # fmt: skip
 def test_workers_import_nothing_of_hostpart(module: str) -> None:
     code = f"import sys, {module}; print(*(name for name in sys.modules if name.partition('.')[0] == 'hostpart'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

@@ -22,16 +22,22 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from workers.probes.measurement import Probe
+
     from ..front import Running
 
-__all__ = ["FAILED", "add", "check_wish", "level_text", "refuse_nested", "run", "warn_of_throttling"]
+__all__ = ["FAILED", "PROBES", "add", "check_wish", "level_text", "refuse_nested", "run", "warn_of_throttling"]
 
 FAILED = 125  # hostpart itself failed, as with env(1) and timeout(1)
+# The modules of workers.probes that are one; named here so that nothing of them is imported for a command.
+PROBES = ("integer", "latency", "memory", "noise", "pingpong", "spin", "syscalls", "thrash", "wakeup")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.usage = "hostpart run [options] [--] COMMAND [ARG ...]"
+    parser.usage = (
+        "hostpart run [options] [--] COMMAND [ARG ...]\n       hostpart run [options] --probe NAME [its options]"
+    )
     parser.description = (
         "Run COMMAND on pCPUs of its own: one process per vCPU, each pinned to one pCPU that no other VM has.\n"
         "The command sees HOSTPART_VM, HOSTPART_VCPU, HOSTPART_VCPUS and HOSTPART_PCPU. vCPU 0 has your standard input."
@@ -41,7 +47,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "  hostpart run -- make test                  one pCPU\n"
         "  hostpart run -n 2 --smp -- ./threads       one process over two pCPUs\n"
         "  hostpart run --pcpus 3,5 -- ./worker       two processes, on pCPUs 3 and 5\n"
-        "  hostpart run --wait=60 -n 4 -- ./job       queue for up to a minute\n\n"
+        "  hostpart run --wait=60 -n 4 -- ./job       queue for up to a minute\n"
+        "  hostpart run --probe noise --seconds 5     how quiet the pCPU is; --probe noise --help\n\n"
         "Exit status: the command's own (the first that is not 0), 128+N after signal N, 127 not found,\n"
         "126 not executable, 125 hostpart itself failed (stderr and the evidence say why), 5 with --strict if it\n"
         "did not hold."
@@ -79,11 +86,19 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mlock", action="store_true", help="lock the guest's memory in RAM")
     parser.add_argument("--evidence", metavar="FILE", help="write what the kernel said of the run to FILE (JSON)")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="say what happens; twice: in detail")
+    parser.add_argument(
+        "--probe", nargs=argparse.REMAINDER, choices=PROBES,
+        help="measure the pCPUs, or load them, instead of running COMMAND; comes last: a probe's name "
+        f"({', '.join(PROBES)}) and its own options",
+    )  # fmt: skip
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    if args.probe and {"-h", "--help"} & set(args.probe):
+        print(_probe_of(args.probe[0]).help())
+        return 0
     document: dict[str, Any] = {}
     try:
         code = _run(args, document)
@@ -143,10 +158,7 @@ def _run(args: argparse.Namespace, document: dict[str, Any]) -> int:
 
 
 def _config(args: argparse.Namespace) -> VmConfig:
-    command = args.command[1:] if args.command[:1] == ["--"] else args.command
-    if not command:
-        raise UsageError("there is no COMMAND to run", "hostpart run -- COMMAND [ARG ...]")
-    args.command = command
+    guest = _guest(args)
     try:
         sched, priority = parse_sched(args.sched)
         name = check_name(args.name or f"run-{os.getpid()}")
@@ -157,7 +169,7 @@ def _config(args: argparse.Namespace) -> VmConfig:
     request = options.request_of(args)
     return VmConfig(
         name,
-        Guest("smp" if args.smp else "command", tuple(command)),
+        guest,
         request.count,
         request.pcpus,
         request.policy,
@@ -175,6 +187,44 @@ def _config(args: argparse.Namespace) -> VmConfig:
         nice=args.nice,
         mlock=args.mlock,
     )
+
+
+def _guest(args: argparse.Namespace) -> Guest:
+    if args.probe is not None:
+        return _probe_guest(args)
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not command:
+        raise UsageError("there is no COMMAND to run", "hostpart run -- COMMAND [ARG ...]")
+    args.command = command
+    return Guest("smp" if args.smp else "command", tuple(command))
+
+
+def _probe_guest(args: argparse.Namespace) -> Guest:
+    from workers.probes import parameter
+    from workers.probes.refusal import Refused
+
+    name, *words = args.probe or [""]
+    probe = _probe_of(name)
+    if args.smp:
+        raise UsageError("a probe runs once on each vCPU, so --smp means nothing with --probe", "leave --smp out")
+    try:
+        variables = parameter.from_options(name, probe.parameters, words)
+        parameter.from_environment(name, probe.parameters, {**os.environ, **variables})
+    except Refused as refusal:
+        raise UsageError(refusal.problem, refusal.remedy) from None
+    return Guest("python", target=f"workers.probes.{name}:main", env=tuple(variables.items()))
+
+
+def _probe_of(name: str) -> Probe:
+    if name not in PROBES:
+        if name in ("-h", "--help"):
+            raise UsageError("--probe wants a name", "hostpart run --help")
+        raise UsageError(
+            f"there is no probe {name!r}" if name else "--probe wants a name",
+            f"hostpart run --probe NAME, one of {', '.join(PROBES)}",
+        )
+    probe: Probe = __import__(f"workers.probes.{name}", fromlist=["PROBE"]).PROBE
+    return probe
 
 
 def check_wish(wish: Wish) -> None:

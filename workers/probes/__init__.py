@@ -1,1 +1,6 @@
-"""Workloads for a vCPU, one a module; usable as python guests."""
+"""Workloads for a vCPU, one a module; usable as python guests.
+
+``hello`` says where it is. The others are probes: each loads or measures the pCPU it runs on in one way for some
+seconds and writes one record (``record.schema.json``) at its end. ``hostpart run --probe NAME`` runs one; as a guest in
+a scenario it is ``python = "workers.probes.NAME:main"``, with its options as ``HOSTPART_PROBE_*`` in ``env``.
+"""
