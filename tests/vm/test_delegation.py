@@ -12,7 +12,7 @@ import pytest
 from tests.vm.command import Done, run
 from tests.vm.fingerprint import difference, fingerprint
 
-pytestmark = pytest.mark.vm(every=("6.12",))
+pytestmark = pytest.mark.vm()
 
 _NOBODY = 65534
 _TREE = Path("/sys/fs/cgroup")
