@@ -28,6 +28,8 @@ __all__ = ["POLICIES", "SMT_MODES", "Placement", "Request", "Supply", "place", "
 POLICIES = ("first-fit", "packed", "spread", "numa-spread", "llc")
 SMT_MODES = ("exclusive", "whole", "shared")
 _LOOSER = {"whole": ("exclusive", "shared"), "exclusive": ("shared",), "shared": ()}  # modes that may give more
+_ONE = "this is the only usable pCPU and the host needs one, so nothing can be released"
+_MORE = "run on a machine, or in a cgroup, with two or more usable pCPUs"
 
 
 class Request(Value):
@@ -822,6 +824,8 @@ def _place_explicit(machine: _Machine, topology: Topology, supply: Supply, reque
             blocks.append(f"cores shared with another VM: it holds pCPU {siblings & supply.taken}")
         if request.smt == "whole" and siblings:
             blocks.append(f"cores not filled: pCPU {siblings} would be left over")
+    if blocks and _has_one(topology, supply):
+        raise DoesNotFit(request.count, _given(supply), [*blocks, _ONE], _MORE)
     if blocks:
         offer = _Offer(machine, supply, request)
         raise DoesNotFit(request.count, _given(supply), blocks, _fits_explicit(offer))
@@ -930,10 +934,13 @@ def _refusal(machine: _Machine, topology: Topology, supply: Supply, request: Req
             blocks.append(f"{count} is not a multiple of {offer.unit}, the threads of a core")
     elif barred:
         blocks.append(f"cores shared with another VM: pCPU {barred}")
-    if len(topology.usable) == 1 and topology.usable <= supply.host:
-        blocks.append("this is the only usable pCPU and the host needs one, so nothing can be released")
-        return DoesNotFit(count, free, blocks, "run on a machine, or in a cgroup, with two or more usable pCPUs")
+    if _has_one(topology, supply):
+        return DoesNotFit(count, free, [*blocks, _ONE], _MORE)
     return DoesNotFit(count, free, blocks, _fits(machine, supply, request, offer))
+
+
+def _has_one(topology: Topology, supply: Supply) -> bool:
+    return len(topology.usable) == 1 and topology.usable <= supply.host
 
 
 def _fits(machine: _Machine, supply: Supply, request: Request, offer: _Offer) -> str:

@@ -19,6 +19,7 @@ from .host import Host
 from .hypervisor import Hypervisor
 from .isolation import attached
 from .isolation.level import Wish
+from .isolation.turn import Busy, quiet
 from .isolation.watch import Watch
 from .keeper import PERIOD_S, ignore_terminal
 from .lease import Leases
@@ -171,6 +172,17 @@ class Attachment:
                 next_look = time.monotonic() + PERIOD_S
 
     def _look(self) -> None:
+        try:
+            turn = quiet(self.ledger.directory)
+        except Busy:
+            pass  # as for the keeper of a guest
+        else:
+            self._sample()
+            if turn is not None:
+                os.close(turn)
+        self._watch.look()
+
+    def _sample(self) -> None:
         for pid in self._fds:
             family = attached.family(self.ledger, pid)
             self._records[pid].sample(family)
@@ -178,7 +190,6 @@ class Attachment:
                 self._note(f"{drift}, not on {self.model.pcpus} alone (on_drift = {self.config.on_drift!r})")
             if self.config.on_drift == "repin":
                 self._repin([pid, *(one.pid for one in family)])
-        self._watch.look()
 
     def _repin(self, family: list[int]) -> None:
         for pid in family:

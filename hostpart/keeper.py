@@ -24,6 +24,7 @@ from .errors import DoesNotFit, Failed, HostpartError, worded
 from .host import Host
 from .hypervisor import Hypervisor
 from .isolation import Isolation, Wish
+from .isolation.turn import Busy, quiet
 from .lease import Holder, Leases, Line
 from .ledger import Ledger, VmRow, boot_id
 from .procfs import pinned_alone, read_stat, start_time, threads
@@ -32,7 +33,7 @@ from .value import Value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any, NoReturn
 
     from .config import ServiceVm, VmConfig
@@ -475,21 +476,14 @@ class Keeper:
 
     def _look(self) -> None:
         members = tree.descendants(os.getpid())
-        rest = {member.pid for member in members}
-        astray: list[tuple[evidence.Drift, CpuSet]] = []
-        for pid, record in self.records.items():
-            if not record.ended:
-                own = tree.below(members, pid)
-                rest -= {member.pid for member in own}
-                record.sample(own)
-                if record.drift is not None:
-                    astray += [(drift, record.pin) for drift in evidence.find_drifts(own, record.pin)]
-        # Orphans of the guest: whose vCPU they were is not known any more, but the VM's pCPUs they may not leave.
-        orphans = [member for member in members if member.pid in rest]
-        for drift in evidence.find_drifts(orphans, self.model.pcpus):
-            self._drifts.setdefault((drift.pid, drift.tid), drift)
-            astray.append((drift, self.model.pcpus))
-        self._handle(astray)
+        try:
+            turn = quiet(self.ledger.directory)
+        except Busy:
+            pass  # kernels before 6.2 give guests other masks while a VM comes or goes; the next look comes soon
+        else:
+            self._sample(members)
+            if turn is not None:
+                os.close(turn)
         lost, again, gone = self.model.leases_lost()
         self._lost |= lost
         if again:
@@ -509,6 +503,23 @@ class Keeper:
         if self._watch is not None and not self._stopping:
             self._watch.look()
         self._look_at_foreigners({member.pid for member in members})
+
+    def _sample(self, members: Sequence[tree.Member]) -> None:
+        rest = {member.pid for member in members}
+        astray: list[tuple[evidence.Drift, CpuSet]] = []
+        for pid, record in self.records.items():
+            if not record.ended:
+                own = tree.below(members, pid)
+                rest -= {member.pid for member in own}
+                record.sample(own)
+                if record.drift is not None:
+                    astray += [(drift, record.pin) for drift in evidence.find_drifts(own, record.pin)]
+        # Orphans of the guest: whose vCPU they were is not known any more, but the VM's pCPUs they may not leave.
+        orphans = [member for member in members if member.pid in rest]
+        for drift in evidence.find_drifts(orphans, self.model.pcpus):
+            self._drifts.setdefault((drift.pid, drift.tid), drift)
+            astray.append((drift, self.model.pcpus))
+        self._handle(astray)
 
     def _look_at_foreigners(self, ours: set[int]) -> None:
         found = {cpu: set(pids) - ours for cpu, pids in pinned_alone().items() if cpu in self.model.pcpus}
@@ -604,8 +615,8 @@ class Keeper:
         self._tell_stops()
         self._cpu_us = model.leaf.cpu_usage_us() if model.leaf else None
         # The row is struck out last: as long as there is something to find, it says where.
-        if model.leaf is not None:
-            model.leaf.remove()
+        if model.leaf is not None and (self._watch is None or model.leaf is not self._watch.leaf):
+            model.leaf.remove()  # a partition goes when its VM is out of the ledger: it is missed as long as it is in
         if self._watch is not None:
             self._watch.end()
         if model.vhm.vmid is not None:

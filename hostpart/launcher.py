@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+from . import recovery
 from .allocator import Request, place_all
 from .cpuset import CpuSet
 from .device_model import Caller
@@ -217,6 +218,7 @@ def launch(scenario: Scenario, *, wait_s: float | None = None) -> dict[str, dict
     """
     if len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("hostpart forks its workers, and this process has threads: call it from a process with one")
+    recovery.tidy()
     caller = Caller()
     front = Front(read_topology(Host(), madt=True), caller, stop_on_interrupt=True)
     one = Launch(scenario, front, {vm.name: caller for vm in scenario.vms}, wait_s)

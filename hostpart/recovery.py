@@ -14,16 +14,17 @@ import time
 from workers import crash
 
 from . import cgroup, control, tree
-from .ledger import boot_id
+from .lease import Leases
+from .ledger import Ledger, boot_id
 from .procfs import read_stat
 from .value import Value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .isolation.reconcile import Report
-    from .ledger import Ledger, VmRow
+    from .ledger import VmRow
 
-__all__ = ["Recovered", "dirty", "put_back", "recover"]
+__all__ = ["Recovered", "dirty", "put_back", "recover", "tidy"]
 
 
 _PATIENCE_S = 5.0
@@ -79,6 +80,21 @@ def put_back(ledger: Ledger) -> Report | None:
         return reconcile(ledger)
     except OSError as error:
         raise worded(error) from error
+
+
+def tidy() -> None:
+    """Put the host back where killed hostpart processes have left it, before this one asks what it may use.
+
+    The mask of every task is a part of that, this process's too: it would else not see the pCPUs that they had.
+
+    :raises HostpartError: as :func:`put_back` does
+    """
+    with Ledger() as ledger:
+        if not ledger.remembers() or (ledger.holdings() and not dirty(ledger)):
+            return
+        with Leases().lock():
+            recover(ledger)
+        put_back(ledger)
 
 
 def _recover(ledger: Ledger, row: VmRow) -> Recovered:

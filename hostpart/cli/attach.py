@@ -6,6 +6,7 @@ import argparse
 import os
 import select
 
+from .. import recovery
 from ..attachment import Attachment, check_processes
 from ..config import Guest, ServiceVm, VmConfig, check_name
 from ..cpuset import CpuSet
@@ -76,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     wish = Wish(config.isolation, config.scope, config.require)
     check_processes(pids)
     check_wish(wish)
+    recovery.tidy()
     topology, service = read_topology(Host()), ServiceVm(reserve=args.reserve)
     pid, channel = fork_beside(lambda theirs: Attachment(config, service, topology, wish, pids, theirs).run(), [])
     said = _answer(channel, pid)

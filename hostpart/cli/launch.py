@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 
+from .. import recovery
 from ..config import load_scenario
 from ..cpuset import CpuSet
 from ..device_model import Caller
@@ -85,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
                 "hostpart launch --isolation sweep ..., or more",
             )
         check_wish(wish_of(vm, scenario.service))
+    if not args.dry_run:
+        recovery.tidy()
     topology = read_topology(Host(), madt=True)
     if args.dry_run:
         return _dry_run(args, scenario, topology)

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 
+from .. import recovery
 from ..config import DRIFT_ANSWERS, Guest, ServiceVm, VmConfig, check_name, parse_sched
 from ..cpuset import CpuSet
 from ..device_model import Caller
@@ -129,6 +130,7 @@ def _run(args: argparse.Namespace, document: dict[str, Any]) -> int:
 
         enable(args.verbose)
     caller = Caller()
+    recovery.tidy()
     front = Front(read_topology(Host()), caller, stop_on_interrupt=False, hear=_hear)
     warn_of_throttling(config)
     try:

@@ -164,8 +164,11 @@ def watch_files(host: Host, token: str) -> list[str]:  # noqa: ARG001 - as parti
     return []
 
 
-def check(host: Host, holdings: Iterable[Holding]) -> list[str]:
-    """Return what does not hold at this moment, a sentence each; empty: all cpusets are as they should be."""
+def check(host: Host, holdings: Iterable[Holding], token: str = "") -> list[str]:
+    """Return what does not hold at this moment, a sentence each; empty: all cpusets are as they should be.
+
+    :param token: of the one VM whose own cpuset is looked at, beside the home; all without it
+    """
     wants = _wants(holdings)
     base = _base(host)
     if not wants:
@@ -173,8 +176,9 @@ def check(host: Host, holdings: Iterable[Holding]) -> list[str]:
     if base is None:
         return ["the cpuset controller's hierarchy is not mounted any more"]
     found = _faults(host, base, _union(wants))
-    for token, one in wants.items():
-        found += _child_faults(host, base, f"{base}/{_HOME}/{token}", one)
+    for name, one in wants.items():
+        if token in ("", name):
+            found += _child_faults(host, base, f"{base}/{_HOME}/{name}", one)
     return found
 
 

@@ -138,10 +138,12 @@ def watch_files(host: Host, token: str) -> list[str]:
     return [f"{directory}/cpuset.cpus.partition" for directory in (child.rpartition("/")[0], child)]
 
 
-def check(host: Host, holdings: Iterable[Holding]) -> list[str]:
+def check(host: Host, holdings: Iterable[Holding], token: str = "") -> list[str]:
     """Return what does not hold at this moment, a sentence each; empty: the kernel keeps the host off every pCPU held.
 
     CPUs that are offline are left out: nothing runs there, and a VM all of whose pCPUs are offline is named.
+
+    :param token: of the one VM whose own cgroup is looked at, beside the home; all without it
     """
     wants = _wants(holdings)
     if not wants:
@@ -150,8 +152,9 @@ def check(host: Host, holdings: Iterable[Holding]) -> list[str]:
     if isinstance(base, Obstacle):
         return [base.problem]
     found = _home_faults(host, base, _union(wants.values()))
-    for token, one in wants.items():
-        found += _child_faults(host, f"{base}/{_HOME}/{token}", one)
+    for name, one in wants.items():
+        if token in ("", name):
+            found += _child_faults(host, f"{base}/{_HOME}/{name}", one)
     return found
 
 

@@ -13,9 +13,7 @@ cannot be widened inside it, and masks come last, since making and removing a pa
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import time
 
 from ..cpuset import CpuSet
 from ..errors import Failed, HostpartError
@@ -40,6 +38,7 @@ from . import (
 )
 from .level import at_least
 from .setting import Outcome, settle
+from .turn import take
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
 
     from ..ledger import Holding, Ledger
 
-__all__ = ["Busy", "Report", "bring", "check", "cpusets", "guests", "reconcile", "released", "worded"]
+__all__ = ["Report", "bring", "check", "cpusets", "guests", "reconcile", "released", "worded"]
 
 # From which level on, in the order of a release; on the way back it is the other way round, so that irqbalance
 # goes on last.
@@ -64,10 +63,6 @@ _SETTINGS: tuple[tuple[str, ModuleType], ...] = (
 )
 _LOCK_WAIT_S = 60.0  # a sweep of ten thousand tasks takes a second or two, and several VMs may start at once
 _WIDE = "wide"
-
-
-class Busy(Failed):
-    """Another process brings the host somewhere at this moment."""
 
 
 class Report(Value):
@@ -143,16 +138,17 @@ def reconcile(
     if host.rehearses:
         enter()
         return _reconcile(ledger, host, cycle or CpuSet())  # on a copy of the ledger, which is its caller's alone
-    lock = _lock(ledger.directory, wait_s)
+    turn = take(ledger.directory, wait_s)
     try:
         enter()
         return _reconcile(ledger, host, cycle or CpuSet())
     finally:
-        os.close(lock)
+        os.close(turn)
 
 
-def check(ledger: Ledger, host: Host, wait_s: float = _LOCK_WAIT_S) -> list[str]:
-    """Return what does not hold of the cgroups that keep the host off, a sentence each.
+def check(ledger: Ledger, host: Host, token: str, wait_s: float = _LOCK_WAIT_S) -> list[str]:
+    """Return what does not hold of the cgroups that keep the host off the pCPUs of the VM with that *token*, a sentence
+    each.
 
     While a VM comes or goes they are not as the ledger has them, which is nothing to complain of: what was found is
     looked at again where nobody changes anything.
@@ -161,36 +157,13 @@ def check(ledger: Ledger, host: Host, wait_s: float = _LOCK_WAIT_S) -> list[str]
     :raises Busy: where another process still brings the host somewhere
     """
     sets = cpusets(host)
-    if not sets.check(host, ledger.holdings()):
+    if not sets.check(host, ledger.holdings(), token):
         return []
-    lock = _lock(ledger.directory, wait_s)
+    turn = take(ledger.directory, wait_s)
     try:
-        return list(sets.check(host, ledger.holdings()))
+        return list(sets.check(host, ledger.holdings(), token))
     finally:
-        os.close(lock)
-
-
-def _lock(directory: str, wait_s: float) -> int:
-    # The kernel drops it with its holder. Nothing is forked while it is held, so nobody inherits it.
-    path = f"{directory}/isolation.lock"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    until, nap = time.monotonic() + wait_s, 0.001
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EINTR) or time.monotonic() >= until:
-                os.close(fd)
-                if error.errno not in (errno.EAGAIN, errno.EINTR):
-                    raise
-                raise Busy(
-                    f"another hostpart process has been changing host settings for {wait_s:g} s ({path} is locked)",
-                    f"find it with 'fuser {path}', and run it again",
-                ) from None
-        else:
-            return fd
-        time.sleep(nap)
-        nap = min(2 * nap, 0.05)
+        os.close(turn)
 
 
 def _reconcile(ledger: Ledger, host: Host, cycle: CpuSet) -> Report:

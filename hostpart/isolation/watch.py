@@ -17,7 +17,8 @@ from ..errors import HostpartError
 from . import affinity, irq
 from .level import LEVELS, Isolation, at_least
 from .reach import below, reach
-from .reconcile import Busy, Report, check, cpusets, guests, reconcile, worded
+from .reconcile import Report, check, cpusets, guests, reconcile, worded
+from .turn import Busy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ class Watch:
         return report
 
     def _check(self, level: str, **more: float) -> tuple[str, ...]:
-        return tuple(check(self.ledger, self.host, **more)) if at_least(level, "cpuset") else ()
+        return tuple(check(self.ledger, self.host, self.row.token, **more)) if at_least(level, "cpuset") else ()
 
     def _read_online(self) -> str:
         return self.host.read_text("sys/devices/system/cpu/online").strip()

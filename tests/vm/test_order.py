@@ -38,7 +38,7 @@ DEFAULT_IRQ = "/proc/irq/default_smp_affinity"
 # Keepers mend what others break at a look that they take every quarter of a second; emulated, and with other machines
 # beside this one, that takes its time. What is right at once is not waited for.
 PATIENCE_S = 200.0
-EXAMPLES, STEPS = 2, 25
+STEPS = 30
 
 T = TypeVar("T")
 
@@ -215,7 +215,7 @@ class Order(RuleBasedStateMachine):
 
     def _restore(self) -> None:
         done = run("restore")
-        assert done.code == (1 if self.offline and "online" in done.err else 0), done
+        assert done.code == (1 if self.offline and "are there again" in done.err else 0), done
         self._forget_gone()
 
     def _drawn(self, data: st.DataObject) -> tuple[str, Vm]:
@@ -398,16 +398,17 @@ def _parsed(text: str) -> frozenset[int]:
     return frozenset(found)
 
 
-def drawn(number: int, examples: int = EXAMPLES, steps: int = STEPS) -> None:
+def drawn(number: int, steps: int = STEPS) -> None:
     """Take the steps that *number* leads to; it fails with the steps that led there."""
+    # One example: which steps there are to draw from depends on the host, and so a second can't go the first one's way.
     chosen = settings(
-        max_examples=examples, stateful_step_count=steps, deadline=None, database=None, phases=[Phase.generate],
+        max_examples=1, stateful_step_count=steps, deadline=None, database=None, phases=[Phase.generate],
         report_multiple_bugs=False,
     )  # fmt: skip
     factory = seed(number)(lambda: Order(number))
     run_state_machine_as_test(factory, settings=chosen, _min_steps=steps - 1)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("number", [1, *(pytest.param(number, marks=pytest.mark.vm(every=())) for number in (2, 3))])
 def test_vms_that_come_and_go_in_any_order_leave_the_host_as_it_was(number: int) -> None:
     drawn(number)

@@ -31,11 +31,11 @@ from tests.vm.command import run, start, wait_until
 from tests.vm.fingerprint import difference, fingerprint
 from workers import crash
 
-pytestmark = pytest.mark.vm(limit_s=1500)
+pytestmark = pytest.mark.vm(limit_s=1500, every=())
 
 S, IDLE = "4,6", "5,7"
 LEVELS = ("sweep", "cpuset", "full")
-PARTS = 3
+PARTS = 6
 SAMPLE = 8  # masks of each part
 
 
