@@ -24,7 +24,7 @@ from hostpart.rehearsal import Rehearsal
 from tests.vm.command import wait_until
 from workers import crash
 
-pytestmark = pytest.mark.vm()
+pytestmark = pytest.mark.vm(every=())
 
 EVERY = set(range(8))
 Masks = dict[tuple[int, int, str], str]

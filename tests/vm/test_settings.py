@@ -24,7 +24,7 @@ from tests.vm.devices import DEVICES, unplug
 from tests.vm.fingerprint import difference, fingerprint
 from workers import crash
 
-pytestmark = pytest.mark.vm()
+pytestmark = pytest.mark.vm(every=())
 
 RPS = "/sys/class/net/lo/queues/rx-0/rps_cpus"
 WORKQUEUE = "/sys/devices/virtual/workqueue"
