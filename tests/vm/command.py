@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 from hostpart import cli
 from workers import crash
 
-__all__ = ["Done", "Started", "run", "start", "wait_until"]
+__all__ = ["Done", "Started", "run", "sleeper", "start", "wait_until"]
 
 
 class Done(NamedTuple):
@@ -126,6 +126,18 @@ def _child(
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def sleeper(*cpus: int) -> int:
+    """Start a task of the host's that sleeps, pinned to *cpus* if there are any; return its pid."""
+    pid = os.fork()
+    if not pid:
+        if cpus:
+            os.sched_setaffinity(0, cpus)
+        signal.pause()
+        os._exit(0)
+    assert wait_until(lambda: not cpus or os.sched_getaffinity(pid) == set(cpus))
+    return pid
 
 
 def wait_until(what: object, timeout: float = 60.0) -> bool:

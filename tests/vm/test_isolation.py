@@ -13,7 +13,7 @@ import pytest
 
 from hostpart import recovery, tree
 from hostpart.ledger import Ledger
-from tests.vm.command import Started, run, start, wait_until
+from tests.vm.command import Started, run, sleeper, start, wait_until
 from tests.vm.fingerprint import difference, fingerprint
 
 pytestmark = pytest.mark.vm(limit_s=240)
@@ -35,21 +35,10 @@ def _same(before: dict[str, str], what: str = "") -> None:
     assert wait_until(settled, 3.0), what + "\n" + "\n".join(left)
 
 
-def _sleeper(*cpus: int) -> int:
-    pid = os.fork()
-    if not pid:
-        if cpus:
-            os.sched_setaffinity(0, cpus)
-        signal.pause()
-        os._exit(0)
-    assert wait_until(lambda: not cpus or os.sched_getaffinity(pid) == set(cpus))
-    return pid
-
-
 def _population() -> list[int]:
     # Tasks as a busy host has them: free ones, pinned ones, one pinned to nothing but released pCPUs, a stopped one.
-    pids = [_sleeper(), _sleeper(1), _sleeper(4), _sleeper(1, 4), _sleeper(0, 1, 2, 3), _sleeper(4, 5, 6, 7)]
-    stopped = _sleeper(3, 6)
+    pids = [sleeper(), sleeper(1), sleeper(4), sleeper(1, 4), sleeper(0, 1, 2, 3), sleeper(4, 5, 6, 7)]
+    stopped = sleeper(3, 6)
     os.kill(stopped, signal.SIGSTOP)
     return [*pids, stopped]
 
@@ -210,7 +199,7 @@ def test_nothing_else_runs_on_the_guests_pcpus(level: str) -> None:
     guests = set(_vcpus("rt"))
     intruders = _intruders({4, 5, 6, 7}, guests, seconds=8.0)
     assert intruders == [], f"on pCPU 4-7 ran {intruders}"
-    pid = _sleeper()
+    pid = sleeper()
     for cpu in (4, 5, 6, 7):
         with pytest.raises(OSError, match="Invalid argument"):
             os.sched_setaffinity(pid, {cpu})
@@ -268,7 +257,7 @@ def _intruders(cpus: set[int], guests: set[int], seconds: float) -> list[str]:
 def test_two_vms_that_overlap_in_time_never_undo_each_other() -> None:
     _population()
     before = fingerprint()
-    free = _sleeper()
+    free = sleeper()
     first = _launched("full")
     second = start("run", "--isolation", "cpuset", "--require", "--pcpus", "2", "--name", "two", "--", "sleep", "1000")
     assert wait_until(lambda: _state("two") == "RUNNING" or second.ended()), second.err
@@ -319,7 +308,7 @@ def _masks(keeper: int) -> list[set[int]]:
 
 
 def test_what_somebody_else_changed_meanwhile_is_left_and_said(tmp_path: Path) -> None:
-    task, other = _sleeper(), _sleeper()
+    task, other = sleeper(), sleeper()
     before = fingerprint()
     evidence = tmp_path / "e.json"
     started = _launched("full", "--evidence", str(evidence))
@@ -344,7 +333,7 @@ def test_what_somebody_else_changed_meanwhile_is_left_and_said(tmp_path: Path) -
 @pytest.mark.parametrize("killed", [False, True], ids=["stopped", "killed"])
 def test_a_mask_that_somebody_else_has_set_outlives_the_partition(killed: bool) -> None:
     # Before 6.2 the kernel overwrites it when the partition goes, at which no look has seen it yet.
-    task = _sleeper()
+    task = sleeper()
     started = _launched("cpuset")
     os.sched_setaffinity(task, {1, 3})
     if killed:
@@ -361,7 +350,7 @@ def test_a_mask_that_somebody_else_has_set_outlives_the_partition(killed: bool) 
 
 def test_a_task_that_puts_itself_back_is_moved_again_and_counted(tmp_path: Path) -> None:
     evidence = tmp_path / "e.json"
-    task = _sleeper()
+    task = sleeper()
     started = _launched("sweep", "--evidence", str(evidence))
     assert os.sched_getaffinity(task) == {0, 1, 2, 3}
     os.sched_setaffinity(task, {3, 4})
@@ -385,7 +374,7 @@ def test_a_partition_survives_its_cpus_going_offline_and_back(cpus: tuple[int, .
         for cpu in cpus:
             Path(f"/sys/devices/system/cpu/cpu{cpu}/online").write_text(value)
         time.sleep(1.0)
-    pid = _sleeper()
+    pid = sleeper()
 
     def held() -> bool:
         try:
@@ -451,7 +440,7 @@ def _narrowed(group: int) -> list[str]:
 
 
 def test_an_ordinary_user_gets_sweep_of_their_own_and_is_told_what_remains() -> None:
-    roots = _sleeper()
+    roots = sleeper()
     before = fingerprint()
     pid = os.fork()
     if not pid:

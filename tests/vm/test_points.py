@@ -27,7 +27,7 @@ from hostpart.isolation.level import Wish
 from hostpart.isolation.watch import Watch
 from hostpart.ledger import Ledger, VmRow, boot_id
 from hostpart.procfs import start_time
-from tests.vm.command import run, start, wait_until
+from tests.vm.command import run, sleeper, start, wait_until
 from tests.vm.fingerprint import difference, fingerprint
 from workers import crash
 
@@ -43,22 +43,11 @@ SAMPLE = 8  # masks of each part
 def before() -> dict[str, str]:
     """The host as it is before anything, with tasks as a busy one has them: free, pinned, stopped."""
     for cpus in ((), (1,), (4,), (1, 4), (4, 5, 6, 7)):
-        _sleeper(*cpus)
-    os.kill(_sleeper(3, 6), signal.SIGSTOP)
+        sleeper(*cpus)
+    os.kill(sleeper(3, 6), signal.SIGSTOP)
     # What the first time changes for good is not hostpart's: CPUs that have been offline once.
     assert run("run", "--isolation", "full", "--require", "--pcpus", S, "--", "true").code == 0
     return fingerprint()
-
-
-def _sleeper(*cpus: int) -> int:
-    pid = os.fork()
-    if not pid:
-        if cpus:
-            os.sched_setaffinity(0, cpus)
-        signal.pause()
-        os._exit(0)
-    assert wait_until(lambda: not cpus or os.sched_getaffinity(pid) == set(cpus))
-    return pid
 
 
 def _same(before: dict[str, str], what: str) -> None:

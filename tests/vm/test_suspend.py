@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from hostpart.ledger import Ledger
-from tests.vm.command import Started, start, wait_until
+from tests.vm.command import Started, sleeper, start, wait_until
 from tests.vm.devices import unplug
 from tests.vm.fingerprint import difference, fingerprint
 
@@ -36,18 +36,6 @@ def suspend() -> float:
     before = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
     Path("/sys/power/state").write_text("mem")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic() - before
-
-
-def sleeper(*cpus: int) -> int:
-    """Start a task of the host's."""
-    pid = os.fork()
-    if not pid:
-        if cpus:
-            os.sched_setaffinity(0, cpus)
-        signal.pause()
-        os._exit(0)
-    assert wait_until(lambda: not cpus or os.sched_getaffinity(pid) == set(cpus))
-    return pid
 
 
 def launched(level: str, evidence: Path) -> Started:
