@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from hostpart.cpuset import CpuSet
+from hostpart.errors import as_root
 from hostpart.host import Host
 from hostpart.isolation import partition
 from hostpart.ledger import Holding, Known, Ledger
@@ -342,7 +343,7 @@ def test_a_user_is_told_to_ask_root(ledger: Ledger, tmp_path: Path) -> None:
     before = tree()
     answer = child(asks)
     assert f"belongs to root, and this is uid {NOBODY}" in str(answer)
-    assert "sudo hostpart" in str(answer)
+    assert as_root() in str(answer)
     assert difference(before, tree()) == []
 
 
