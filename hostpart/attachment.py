@@ -19,7 +19,7 @@ from .host import Host
 from .hypervisor import Hypervisor
 from .isolation import attached
 from .isolation.level import Wish
-from .isolation.turn import Busy, quiet
+from .isolation.turn import quietly
 from .isolation.watch import Watch
 from .keeper import PERIOD_S, ignore_terminal
 from .lease import Leases
@@ -172,14 +172,7 @@ class Attachment:
                 next_look = time.monotonic() + PERIOD_S
 
     def _look(self) -> None:
-        try:
-            turn = quiet(self.ledger.directory)
-        except Busy:
-            pass  # as for the keeper of a guest
-        else:
-            self._sample()
-            if turn is not None:
-                os.close(turn)
+        quietly(self.ledger.directory, self._sample)  # as for the keeper of a guest
         self._watch.look()
 
     def _sample(self) -> None:

@@ -24,7 +24,7 @@ from .errors import DoesNotFit, Failed, HostpartError, worded
 from .host import Host
 from .hypervisor import Hypervisor
 from .isolation import Isolation, Wish
-from .isolation.turn import Busy, quiet
+from .isolation.turn import quietly
 from .lease import Holder, Leases, Line
 from .ledger import Ledger, VmRow, boot_id
 from .procfs import pinned_alone, read_stat, start_time, threads
@@ -476,14 +476,8 @@ class Keeper:
 
     def _look(self) -> None:
         members = tree.descendants(os.getpid())
-        try:
-            turn = quiet(self.ledger.directory)
-        except Busy:
-            pass  # kernels before 6.2 give guests other masks while a VM comes or goes; the next look comes soon
-        else:
-            self._sample(members)
-            if turn is not None:
-                os.close(turn)
+        # Kernels before 6.2 give guests other masks while a VM comes or goes.
+        quietly(self.ledger.directory, lambda: self._sample(members))
         lost, again, gone = self.model.leases_lost()
         self._lost |= lost
         if again:

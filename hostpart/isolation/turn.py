@@ -13,7 +13,11 @@ import time
 
 from ..errors import Failed
 
-__all__ = ["Busy", "quiet", "take"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Busy", "quietly", "take"]
 
 
 class Busy(Failed):
@@ -42,19 +46,20 @@ def take(directory: str, wait_s: float) -> int:
     return fd
 
 
-def quiet(directory: str) -> int | None:
-    """Return a descriptor: nobody takes the turn until it is closed, which is to be soon. None: nobody ever did.
-
-    :raises Busy: where somebody has it
-    """
+def quietly(directory: str, look: Callable[[], None]) -> None:
+    """Call *look*, which is to be short, while nobody changes the host; where somebody does, leave it for next time."""
     try:
         fd = os.open(_path(directory), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
-        return None
-    if _locked(fd, fcntl.LOCK_SH):
-        return fd
-    os.close(fd)
-    raise Busy("another hostpart process changes host settings", "look again")
+        look()  # nobody ever did
+        return
+    if not _locked(fd, fcntl.LOCK_SH):
+        os.close(fd)
+        return
+    try:
+        look()
+    finally:
+        os.close(fd)
 
 
 def _path(directory: str) -> str:
