@@ -29,13 +29,16 @@ LAYERS = (
     ("keeper",),
     ("service_vm", "front", "attachment"),
     ("launcher",),
+    ("experiment",),
+    ("report",),
     ("cli",),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # The package itself only names what its modules offer, and imports each when it is first asked for.
 MODULES = sorted(path for path in (ROOT / "hostpart").glob("*.py") if path.stem != "__init__")
-MODULES += sorted((ROOT / "hostpart" / "isolation").glob("*.py"))  # a layer of its own, whose parts know each other
+PACKAGES = ("isolation", "experiment", "report")  # a layer each, whose parts know each other
+MODULES += sorted(path for package in PACKAGES for path in (ROOT / "hostpart" / package).glob("*.py"))
 SOURCES = sorted(path for top in ("hostpart", "workers") for path in (ROOT / top).rglob("*.py"))
 
 
@@ -43,7 +46,7 @@ def _imports(path: Path) -> set[str]:
     # Modules of hostpart that a module of hostpart imports, anywhere in it.
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level == 1 + (path.parent.name in ("cli", "isolation")):
+        if isinstance(node, ast.ImportFrom) and node.level == 1 + (path.parent.name in ("cli", *PACKAGES)):
             found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hostpart"):
             found.add((node.module or "").partition(".")[2].split(".")[0] or "__init__")
