@@ -13,22 +13,18 @@ from .allocator import POLICIES, SMT_MODES, Request
 from .cpuset import MAX_CPUS, CpuSet
 from .errors import ConfigError
 from .isolation import LEVELS
+from .toml_table import Faults, Table, one_of, read_argv, read_file, read_flag, read_text, read_toml, read_whole, shown
 from .value import Value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import TypeVar
-
-    T = TypeVar("T")
-    D = TypeVar("D")
 
 __all__ = [
     "DRIFT_ANSWERS",
     "EXAMPLE_PREFIX",
     "GUEST_KINDS",
     "ISOLATION_LEVELS",
-    "MAX_BYTES",
     "PCPU_KINDS",
     "SCHED_POLICIES",
     "SERVICE_VM_NAME",
@@ -51,9 +47,7 @@ PCPU_KINDS = ("performance", "efficiency")  # of a hybrid machine, as the topolo
 SCHED_POLICIES = ("other", "batch", "idle", "fifo", "rr")
 SERVICE_VM_NAME = "vm0"
 EXAMPLE_PREFIX = "example:"
-MAX_BYTES = 1 << 20  # of one scenario file
 
-_MAX_FAULTS = 100  # a file with more is no scenario, and a longer list helps nobody
 _EXAMPLES = os.path.join(os.path.dirname(__file__), "examples")
 _LOWER, _DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
 
@@ -155,7 +149,7 @@ def check_name(name: str) -> str:
     if not 0 < len(name) <= 63 or name[0] in "._-" or name.strip(_LOWER + _DIGITS + "._-"):
         raise ValueError(
             "a VM's name has 1 to 63 of a-z, 0-9, '.', '_' and '-', and starts with a letter or digit, "
-            f"got {_shown(name)}"
+            f"got {shown(name)}"
         )
     if name == SERVICE_VM_NAME:
         raise ValueError(f"{name!r} is the service VM's own name")
@@ -172,13 +166,13 @@ def parse_sched(text: str) -> tuple[str, int]:
     """
     policy, colon, number = text.partition(":")
     if policy not in SCHED_POLICIES or (colon and not (0 < len(number) <= 2 and not number.strip(_DIGITS))):
-        raise ValueError(f"want other, batch, idle, fifo:N or rr:N with N from 1 to 99, got {_shown(text)}")
+        raise ValueError(f"want other, batch, idle, fifo:N or rr:N with N from 1 to 99, got {shown(text)}")
     priority = int(number or 0)
     if policy not in ("fifo", "rr"):
         if number:
-            raise ValueError(f"{policy} takes no priority, got {_shown(text)}; want {policy} alone, or fifo:N or rr:N")
+            raise ValueError(f"{policy} takes no priority, got {shown(text)}; want {policy} alone, or fifo:N or rr:N")
     elif not priority:
-        raise ValueError(f"{policy} needs a priority from 1 to 99, such as {policy}:50, got {_shown(text)}")
+        raise ValueError(f"{policy} needs a priority from 1 to 99, such as {policy}:50, got {shown(text)}")
     return policy, priority
 
 
@@ -198,17 +192,8 @@ def load_scenario(name: str) -> Scenario:
         if path not in example_names():
             raise ConfigError(name, [f"there is no such example; there are {', '.join(example_names())}"])
         path = os.path.join(_EXAMPLES, f"{path}.toml")
-    try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        hint = f"; the example of that name is '{EXAMPLE_PREFIX}{name}'" if name in example_names() else ""
-        raise ConfigError(name, [f"there is no such file{hint}"]) from None
-    except OSError as error:
-        raise ConfigError(name, [f"cannot be read: {error.strerror or error}"]) from None
-    except ValueError as error:  # a NUL or a lone surrogate: no file has such a name
-        raise ConfigError(name, [f"is no file's name: {error}"]) from None
-    return parse_scenario(text, name)
+    hint = f"; the example of that name is '{EXAMPLE_PREFIX}{name}'" if name in example_names() else ""
+    return parse_scenario(read_file(path, name, hint), name)
 
 
 def parse_scenario(text: str | bytes, source: str) -> Scenario:
@@ -218,8 +203,8 @@ def parse_scenario(text: str | bytes, source: str) -> Scenario:
     :raises ConfigError: with every fault, in the file's order of VMs (the first hundred), and
         nothing else, whatever *text* holds
     """
-    faults = _Faults(source)
-    top = _Table("", _read_toml(text, source), faults)
+    faults = Faults(source)
+    top = Table("", read_toml(text, source), faults)
     service = _read_service(top)
     vms = _read_vms(top)
     top.refuse_others()
@@ -229,93 +214,18 @@ def parse_scenario(text: str | bytes, source: str) -> Scenario:
     return Scenario(source, tuple(vm for _, vm in vms), service)
 
 
-def _read_toml(text: str | bytes, source: str) -> dict[str, object]:
-    import tomllib
-
-    try:
-        raw = text if isinstance(text, bytes) else text.encode("utf-8")
-        if len(raw) > MAX_BYTES:
-            raise ConfigError(source, [f"is too large for a scenario: more than {MAX_BYTES // 1024} KiB"])
-        return tomllib.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ConfigError(source, [f"is not text: byte {error.start}, in line {line}, is not UTF-8"]) from None
-    except UnicodeEncodeError as error:
-        raise ConfigError(source, [f"is not text: character {error.start} is a lone surrogate"]) from None
-    except RecursionError:
-        raise ConfigError(source, ["is not a scenario: its lists or tables are nested too deeply"]) from None
-    except ValueError as error:  # TOMLDecodeError, with line and column; or a number of thousands of digits
-        raise ConfigError(source, [f"is not TOML: {error}"]) from None
-
-
-class _Faults:
-    """The faults found so far, in order."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        self.found: list[str] = []
-
-    def note(self, fault: str) -> None:
-        if len(self.found) == _MAX_FAULTS:
-            raise ConfigError(self.source, [*self.found, f"and more than these {_MAX_FAULTS}"])
-        self.found.append(fault)
-
-
-class _Table:
-    """One TOML table being read: its keys are taken out by type, and what is left over is unknown."""
-
-    def __init__(self, where: str, table: dict[str, object], faults: _Faults) -> None:
-        self.where, self.faults = where, faults
-        self.rest = dict(table)
-        self.known: list[str] = []
-
-    def fault(self, key: str | None, problem: str) -> None:
-        """Note what is wrong with a key, or with the table itself where that is ``None``."""
-        path = [part for part in (self.where, None if key is None else _quoted_key(key)) if part]
-        self.faults.note(f"{'.'.join(path)}: {problem}")
-
-    def take(self, key: str) -> object:
-        # None is what TOML has no word for, so it can say that the key is not there.
-        self.known.append(key)
-        return self.rest.pop(key, None)
-
-    def read(self, key: str, reader: Callable[[object], T], default: D) -> T | D:
-        """Return what *reader* makes of the key's value; its ValueError's arguments are faults."""
-        value = self.take(key)
-        if value is None:
-            return default
-        try:
-            return reader(value)
-        except ValueError as error:
-            for problem in error.args:
-                self.fault(key, problem)
-            return default
-
-    def table(self, key: str) -> _Table:
-        """Return the table of that key, empty where there is none."""
-        value = self.take(key)
-        if value is not None and not isinstance(value, dict):
-            self.fault(key, f"want a table, got {_shown(value)}")
-        where = f"{self.where}.{key}" if self.where else key
-        return _Table(where, value if isinstance(value, dict) else {}, self.faults)
-
-    def refuse_others(self) -> None:
-        for key in self.rest:
-            self.fault(key, f"is not a key here{_nearest(key, self.known)}")
-
-
-def _read_service(top: _Table) -> ServiceVm:
+def _read_service(top: Table) -> ServiceVm:
     table = top.table("service")
     kept = table.read("keep", _keep, 1)
     reserve = table.read("reserve", _cpu_set, CpuSet())
-    release = table.read("release", _one_of(RELEASES), ServiceVm.release)
+    release = table.read("release", one_of(RELEASES), ServiceVm.release)
     table.refuse_others()
     if isinstance(kept, CpuSet):
         return ServiceVm(len(kept), kept, reserve, release)
     return ServiceVm(kept, CpuSet(), reserve, release)
 
 
-def _read_vms(top: _Table) -> list[tuple[int, VmConfig]]:
+def _read_vms(top: Table) -> list[tuple[int, VmConfig]]:
     # With their index in the file, since a VM without a usable name is left out.
     tables = top.take("vm")
     if tables is None or tables == []:
@@ -323,49 +233,51 @@ def _read_vms(top: _Table) -> list[tuple[int, VmConfig]]:
     elif isinstance(tables, dict):
         top.fault("vm", "want each user VM under [[vm]], got [vm]")
     elif not isinstance(tables, list):
-        top.fault("vm", f"want each user VM under [[vm]], got {_shown(tables)}")
+        top.fault("vm", f"want each user VM under [[vm]], got {shown(tables)}")
     else:
         vms = []
         for index, table in enumerate(tables):
             if isinstance(table, dict):
-                vms.append((index, _read_vm(_Table(f"vm[{index}]", table, top.faults))))
+                vms.append((index, _read_vm(Table(f"vm[{index}]", table, top.faults))))
             else:
-                top.faults.note(f"vm[{index}]: want a table, got {_shown(table)}")
+                top.faults.note(f"vm[{index}]: want a table, got {shown(table)}")
         return vms
     return []
 
 
-def _read_vm(table: _Table) -> VmConfig:
+def _read_vm(table: Table) -> VmConfig:
     if "name" not in table.rest:
         table.fault("name", "is missing")
     name = table.read("name", _vm_name, "")
     vcpus, pcpus = _read_count(table)
-    sched, priority = table.read("sched", lambda value: parse_sched(_text(value)), (VmConfig.sched, VmConfig.priority))
+    sched, priority = table.read(
+        "sched", lambda value: parse_sched(read_text(value)), (VmConfig.sched, VmConfig.priority)
+    )
     vm = VmConfig(
         name=name,
         guest=_read_guest(table),
         vcpus=vcpus,
         pcpus=pcpus,
-        policy=table.read("policy", _one_of(POLICIES), VmConfig.policy),
-        smt=table.read("smt", _one_of(SMT_MODES), VmConfig.smt),
-        kind=table.read("kind", _one_of(PCPU_KINDS), VmConfig.kind),
-        isolation=table.read("isolation", _one_of(ISOLATION_LEVELS), VmConfig.isolation),
+        policy=table.read("policy", one_of(POLICIES), VmConfig.policy),
+        smt=table.read("smt", one_of(SMT_MODES), VmConfig.smt),
+        kind=table.read("kind", one_of(PCPU_KINDS), VmConfig.kind),
+        isolation=table.read("isolation", one_of(ISOLATION_LEVELS), VmConfig.isolation),
         scope=table.read("scope", _scope, VmConfig.scope),
         mems=table.read("mems", _cpu_set, VmConfig.mems),
-        require=table.read("require", _flag, VmConfig.require),
-        on_drift=table.read("on_drift", _one_of(DRIFT_ANSWERS), VmConfig.on_drift),
-        user=table.read("user", _text, VmConfig.user),
-        group=table.read("group", _text, VmConfig.group),
+        require=table.read("require", read_flag, VmConfig.require),
+        on_drift=table.read("on_drift", one_of(DRIFT_ANSWERS), VmConfig.on_drift),
+        user=table.read("user", read_text, VmConfig.user),
+        group=table.read("group", read_text, VmConfig.group),
         sched=sched,
         priority=priority,
-        nice=table.read("nice", lambda value: _whole(value, -20, 19), VmConfig.nice),
-        mlock=table.read("mlock", _flag, VmConfig.mlock),
+        nice=table.read("nice", lambda value: read_whole(value, -20, 19), VmConfig.nice),
+        mlock=table.read("mlock", read_flag, VmConfig.mlock),
     )
     table.refuse_others()
     return vm
 
 
-def _read_count(table: _Table) -> tuple[int, tuple[int, ...]]:
+def _read_count(table: Table) -> tuple[int, tuple[int, ...]]:
     given = [key for key in ("vcpus", "pcpus") if key in table.rest]
     # A faulty count reads as -1, which no caller sees: faults end in an error.
     vcpus = table.read("vcpus", _vcpus, -1)
@@ -377,21 +289,21 @@ def _read_count(table: _Table) -> tuple[int, tuple[int, ...]]:
     return len(pcpus) or vcpus, pcpus
 
 
-def _read_guest(table: _Table) -> Guest:
+def _read_guest(table: Table) -> Guest:
     given = [kind for kind in GUEST_KINDS if kind in table.rest]
     if not given:
         table.fault(None, f"want a guest: one of {', '.join(GUEST_KINDS)}")
     elif len(given) > 1:
         table.fault(None, f"want one guest, got {' and '.join(given)}")
-    argvs = [table.read(kind, _argv, ()) for kind in ("command", "smp")]
+    argvs = [table.read(kind, read_argv, ()) for kind in ("command", "smp")]
     target = table.read("python", _target, "")
-    cwd = table.read("cwd", _text, None)
+    cwd = table.read("cwd", read_text, None)
     env = table.table("env")
     variables = tuple((name, env.read(name, _environment_reader(name), "")) for name in tuple(env.rest))
     return Guest(given[0] if given else "", argvs[0] or argvs[1], target, cwd, variables)
 
 
-def _check_claims(service: ServiceVm, vms: list[tuple[int, VmConfig]], faults: _Faults) -> None:
+def _check_claims(service: ServiceVm, vms: list[tuple[int, VmConfig]], faults: Faults) -> None:
     """Note what two VMs, or a VM and the service VM, both ask for."""
     names: dict[str, str] = {}
     owners = dict.fromkeys(service.reserve, "reserved in [service]")
@@ -418,64 +330,36 @@ def _check_claims(service: ServiceVm, vms: list[tuple[int, VmConfig]], faults: _
 # Readers of one value: what it means, or a ValueError with one argument for each fault.
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise ValueError(f"want text{' without NUL' if isinstance(value, str) and value else ''}, got {_shown(value)}")
-    return value
-
-
 def _scope(value: object) -> str:
     from .isolation.scope import parse
 
-    text = _text(value)
+    text = read_text(value)
     parse(text)
     return text
 
 
-def _flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"want true or false, got {_shown(value)}")
-    return value
-
-
-def _whole(value: object, low: int, high: int) -> int:
-    # A bool is an int to Python, and never to an operator.
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"want a whole number from {low} to {high}, got {_shown(value)}")
-    return value
-
-
-def _one_of(choices: tuple[str, ...]) -> Callable[[object], str]:
-    def read(value: object) -> str:
-        if not isinstance(value, str) or value not in choices:
-            raise ValueError(f"want one of {', '.join(choices)}, got {_shown(value)}")
-        return value
-
-    return read
-
-
 def _vm_name(value: object) -> str:
-    return check_name(_text(value))
+    return check_name(read_text(value))
 
 
 def _vcpus(value: object) -> int:
     if value == "rest":
         return 0
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f'want a whole number from 1, or "rest", got {_shown(value)}')
+        raise ValueError(f'want a whole number from 1, or "rest", got {shown(value)}')
     if value < 1:
-        raise ValueError(f"want a whole number from 1, got {_shown(value)}")
-    return _whole(value, 1, MAX_CPUS)
+        raise ValueError(f"want a whole number from 1, got {shown(value)}")
+    return read_whole(value, 1, MAX_CPUS)
 
 
 def _cpu_set(value: object) -> CpuSet:
     if not isinstance(value, str):
-        raise ValueError(f'want a CPU list such as "0-2,8", got {_shown(value)}')
+        raise ValueError(f'want a CPU list such as "0-2,8", got {shown(value)}')
     try:
         return CpuSet.parse(value)
     except ValueError as error:
         problem = str(error)
-        raise ValueError(problem if len(problem) < 200 else f"is not a CPU list: {_shown(value)}") from None
+        raise ValueError(problem if len(problem) < 200 else f"is not a CPU list: {shown(value)}") from None
 
 
 def _keep(value: object) -> int | CpuSet:
@@ -485,8 +369,8 @@ def _keep(value: object) -> int | CpuSet:
             raise ValueError("want at least one CPU: the service VM never runs without")
         return cpus
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f'want a whole number from 1, or a CPU list such as "0-1", got {_shown(value)}')
-    return _whole(value, 1, MAX_CPUS)
+        raise ValueError(f'want a whole number from 1, or a CPU list such as "0-1", got {shown(value)}')
+    return read_whole(value, 1, MAX_CPUS)
 
 
 def _pcpus(value: object) -> tuple[int, ...]:
@@ -494,7 +378,7 @@ def _pcpus(value: object) -> tuple[int, ...]:
         cpus = tuple(_cpu_set(value))
     elif isinstance(value, list):
         wrong = [
-            f"want CPU numbers from 0 to {MAX_CPUS - 1}, got {_shown(cpu)} in place {place}"
+            f"want CPU numbers from 0 to {MAX_CPUS - 1}, got {shown(cpu)} in place {place}"
             for place, cpu in enumerate(value)
             if isinstance(cpu, bool) or not isinstance(cpu, int) or not 0 <= cpu < MAX_CPUS
         ]
@@ -506,43 +390,17 @@ def _pcpus(value: object) -> tuple[int, ...]:
         if twice:
             raise ValueError(f"lists pCPU {twice} more than once; each vCPU needs one of its own")
     else:
-        raise ValueError(f'want a list of CPU numbers, or a CPU list such as "3,5", got {_shown(value)}')
+        raise ValueError(f'want a list of CPU numbers, or a CPU list such as "3,5", got {shown(value)}')
     if not cpus:
         raise ValueError("want at least one CPU, got none")
     return cpus
 
 
-def _argv(value: object) -> tuple[str, ...]:
-    if isinstance(value, str):
-        import shlex
-
-        try:
-            words = shlex.split(value)
-        except ValueError as error:
-            raise ValueError(f"cannot be split into words: {str(error).lower()} in {_shown(value)}") from None
-    elif isinstance(value, list):
-        wrong = [
-            f"want words of text, got {_shown(word)} in place {place}"
-            for place, word in enumerate(value)
-            if not isinstance(word, str)
-        ]
-        if wrong:
-            raise ValueError(*wrong)
-        words = value
-    else:
-        raise ValueError(f'want ["program", "argument"] or one line of text, got {_shown(value)}')
-    if not words or not words[0]:
-        raise ValueError(f"want a program to run, got {_shown(value)}")
-    if any("\0" in word for word in words):
-        raise ValueError("want words without NUL")
-    return tuple(words)
-
-
 def _target(value: object) -> str:
-    text = _text(value)
+    text = read_text(value)
     module, _, function = text.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), function)):
-        raise ValueError(f'want "package.module:function", got {_shown(value)}')
+        raise ValueError(f'want "package.module:function", got {shown(value)}')
     return text
 
 
@@ -553,38 +411,7 @@ def _environment_reader(name: str) -> Callable[[object], str]:
         if name.startswith("HOSTPART_") and not name.startswith("HOSTPART_PROBE_"):
             raise ValueError("is set by hostpart itself")
         if not isinstance(value, str) or "\0" in value:
-            raise ValueError(f"want text{' without NUL' if isinstance(value, str) else ''}, got {_shown(value)}")
+            raise ValueError(f"want text{' without NUL' if isinstance(value, str) else ''}, got {shown(value)}")
         return value
 
     return read
-
-
-def _nearest(key: str, known: list[str]) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(key, known, 1)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}" if known else ""
-
-
-def _quoted_key(key: str) -> str:
-    bare = 0 < len(key) <= 60 and not key.strip(_LOWER + _LOWER.upper() + _DIGITS + "_-")
-    return key if bare else _shown(key)
-
-
-def _shown(value: object) -> str:
-    """Return a value as an operator would write it, in one short line without control characters."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        text = value if len(value) <= 60 else f"{value[:57]}..."
-        return '"' + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) + '"'
-    if isinstance(value, int):
-        # Python refuses to print thousands of digits, which TOML's hexadecimal form can give.
-        return str(value) if value.bit_length() <= 64 else f"a number of {value.bit_length()} bits"
-    if isinstance(value, float):
-        return str(value)
-    if isinstance(value, dict):
-        return "a table"
-    if isinstance(value, list):
-        return f"a list of {len(value)}" if value else "an empty list"
-    return "a date or time"

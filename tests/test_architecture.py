@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("value", "cpuset", "__init__"),
     ("errors",),
-    ("host", "procfs", "channel", "memlock", "systemd"),
+    ("host", "procfs", "channel", "memlock", "systemd", "toml_table"),
     ("madt", "tree", "cgroup", "lease", "ledger", "rehearsal"),
     ("topology", "control", "hypercall", "isolation"),
     ("allocator", "recovery", "evidence"),

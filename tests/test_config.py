@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from hostpart.allocator import POLICIES
 from hostpart.config import (
-    MAX_BYTES,
     Guest,
     Scenario,
     ServiceVm,
@@ -26,6 +25,7 @@ from hostpart.config import (
 )
 from hostpart.cpuset import CpuSet
 from hostpart.errors import ConfigError
+from hostpart.toml_table import MAX_BYTES
 
 EXAMPLES = Path(__file__).parents[1] / "hostpart" / "examples"
 EVERY_KEY = EXAMPLES / "every-key.toml"
@@ -295,8 +295,8 @@ def test_text_that_is_not_toml_is_refused_with_line_and_column() -> None:
     [
         pytest.param(b"# caf\xe9\n", "is not text: byte 5, in line 1, is not UTF-8", id="not UTF-8"),
         pytest.param("# \udc80", "is not text: character 2 is a lone surrogate", id="surrogate"),
-        pytest.param(b"#" * (MAX_BYTES + 1), "is too large for a scenario: more than 1024 KiB", id="too large"),
-        pytest.param("a = " + "[" * 5000, "is not a scenario: its lists or tables are nested too deeply", id="deep"),
+        pytest.param(b"#" * (MAX_BYTES + 1), "is too large: more than 1024 KiB", id="too large"),
+        pytest.param("a = " + "[" * 5000, "is nothing to read: its lists or tables are nested too deeply", id="deep"),
         pytest.param("a = " + "1" * 5000, "is not TOML: ", id="too many digits"),
     ],
 )
