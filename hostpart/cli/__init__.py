@@ -27,6 +27,7 @@ COMMANDS = {
     "pause": "stop every process of a VM until it is resumed",
     "resume": "let a paused VM run again",
     "stop": "end a VM and free its pCPUs",
+    "experiment": "measure what sharing pCPUs costs on this host",
     "audit": "check from outside that every VM is where it should be",
     "restore": "end what killed hostpart left behind; put the host back",
     "systemd-unit": "print the unit that launches a scenario at boot",

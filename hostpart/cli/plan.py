@@ -17,7 +17,7 @@ from ..service_vm import keep_wish
 from ..topology import Topology, read_topology
 from . import options
 
-__all__ = ["add", "render", "run"]
+__all__ = ["add", "render", "run", "topology_of"]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             "want either a FILE, or -n N or --pcpus LIST", "hostpart plan example:first, or hostpart plan -n 2"
         )
-    topology = _topology(args.host)
+    topology = topology_of(args.host)
     if args.file:
         scenario = load_scenario(args.file)
         service = scenario.service.replace(reserve=scenario.service.reserve | args.reserve)
@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _topology(source: str | None) -> Topology:
+def topology_of(source: str | None) -> Topology:
+    """Return this host's topology, or that of ``--host``: what ``topology --json`` printed, or a recorded tree."""
     if source is None:
         return read_topology(Host())
     if os.path.isfile(source):

@@ -1,0 +1,327 @@
+"""What an experiment is to try: a TOML file to typed values, every fault at once and each led by its key.
+
+Which placements the host has is for :mod:`hostpart.experiment.sharing` to say, in which order the runs come for
+:mod:`hostpart.experiment.schedule`.
+"""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import ConfigError
+from ..isolation import LEVELS
+from ..toml_table import (
+    Faults,
+    Table,
+    one_of,
+    read_argv,
+    read_file,
+    read_flag,
+    read_number,
+    read_text,
+    read_toml,
+    read_whole,
+    shown,
+)
+from ..value import Value
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+    from workers.probes.measurement import Probe
+
+__all__ = ["DEGREES", "EXAMPLE_PREFIX", "OWN_SCOPE", "Aggressor", "Design", "Victim", "example_names", "load", "parse"]
+
+# How much a victim and an aggressor share, from everything to nothing but the machine.
+DEGREES = ("free", "same-pcpu", "sibling", "same-llc", "same-node", "other-node", "other-package", "elsewhere")
+OWN_SCOPE = "experiment"  # isolation moves the experiment's own processes only
+EXAMPLE_PREFIX = "example:"
+BETTER = ("lower", "higher")
+
+_EXAMPLES = os.path.join(os.path.dirname(__file__), "examples")
+_VICTIMS = ("integer", "latency", "memory", "noise", "syscalls", "wakeup")
+_AGGRESSORS = (*_VICTIMS, "spin", "thrash")
+_PARSERS = ("cyclictest", "oslat", "stress-ng", "rtla")
+_NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._-")
+
+
+class Victim(Value):
+    """What is measured: a fresh process of it per run, as the one vCPU of a VM.
+
+    :ivar probe: a probe of hostpart's, or empty for a command
+    :ivar command: program and arguments
+    :ivar options: the probe's, by name, as text
+    :ivar metric: which of the record's figures counts; for a command a regular expression with one group, whose last
+        match in the output is the figure; empty: the probe's primary one, a command's wall time in s
+    :ivar unit: of a command's figure
+    :ivar better: of a command's figure: ``lower`` or ``higher``
+    :ivar tool: what wrote a command's output, one of cyclictest, oslat, stress-ng, rtla; empty: no such
+    """
+
+    name: str
+    probe: str = ""
+    command: tuple[str, ...] = ()
+    options: tuple[tuple[str, str], ...] = ()
+    metric: str = ""
+    unit: str = ""
+    better: str = "lower"
+    tool: str = ""
+
+
+class Aggressor(Value):
+    """What runs beside a victim.
+
+    :ivar count: how many processes of it
+    :ivar vm: whether it is a VM of its own wherever its pCPUs can be leased; else it is host processes, each pinned to
+        a pCPU of the placement
+    """
+
+    name: str
+    probe: str = ""
+    command: tuple[str, ...] = ()
+    options: tuple[tuple[str, str], ...] = ()
+    count: int = 1
+    vm: bool = False
+
+
+class Design(Value):
+    """One experiment, as it was asked for.
+
+    :ivar source: the file, for messages
+    :ivar placements: of :data:`DEGREES`; empty: all that the host has
+    :ivar isolation: the victims' levels, a factor
+    :ivar scope: as a VM's, or :data:`OWN_SCOPE`; empty: the level's default
+    :ivar processes: fresh processes of a victim per condition; of ``alone``, more
+    :ivar seconds: how long each measures
+    :ivar warmup: seconds before that, whose results are discarded
+    :ivar settle: seconds that aggressors run before the victim starts
+    :ivar timeout: seconds after which a command is given up
+    :ivar seed: of the order of the runs
+    :ivar victim_pcpu: where the victims run (Linux's number); None: where most degrees of sharing can be had
+    """
+
+    name: str
+    source: str
+    victims: tuple[Victim, ...]
+    aggressors: tuple[Aggressor, ...] = ()
+    placements: tuple[str, ...] = ()
+    isolation: tuple[str, ...] = ("affinity",)
+    scope: str = ""
+    processes: int = 10
+    seconds: float = 1.0
+    warmup: float = 0.3
+    settle: float = 0.3
+    timeout: float = 600.0
+    seed: int = 1
+    victim_pcpu: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as ``experiment.json`` has it."""
+
+        def program(one: Victim | Aggressor) -> dict[str, Any]:
+            return {**one.asdict(), "command": list(one.command), "options": dict(one.options)}
+
+        return {
+            **self.asdict(),
+            "victims": [program(one) for one in self.victims],
+            "aggressors": [program(one) for one in self.aggressors],
+            "placements": list(self.placements),
+            "isolation": list(self.isolation),
+        }
+
+
+def example_names() -> tuple[str, ...]:
+    """Return the names of the experiments that come with hostpart, sorted, without their prefix."""
+    return tuple(sorted(file[:-5] for file in os.listdir(_EXAMPLES) if file.endswith(".toml")))
+
+
+def load(name: str) -> Design:
+    """Read a design, or one of hostpart's own as ``example:NAME``.
+
+    :raises ConfigError: where it cannot be read, or with all its faults
+    """
+    path, hint = name, f"; the example of that name is '{EXAMPLE_PREFIX}{name}'" if name in example_names() else ""
+    if name.startswith(EXAMPLE_PREFIX):
+        path = name[len(EXAMPLE_PREFIX) :]
+        if path not in example_names():
+            raise DesignError(name, [f"there is no such experiment; there are {', '.join(example_names())}"])
+        path = os.path.join(_EXAMPLES, f"{path}.toml")
+    try:
+        return parse(read_file(path, name, hint), name)
+    except DesignError:
+        raise
+    except ConfigError as error:
+        raise DesignError(error.source, error.faults) from None
+
+
+class DesignError(ConfigError):
+    """An experiment's file has faults (exit code 2)."""
+
+    @property
+    def remedy(self) -> str:
+        return (
+            f"mend it and look at it with 'hostpart experiment --plan {self.source}'; "
+            "'hostpart experiment --plan example:interference' is right"
+        )
+
+
+def parse(text: str | bytes, source: str) -> Design:
+    """Return the design that *text* describes.
+
+    :param source: where it came from, for messages
+    :raises ConfigError: with every fault
+    """
+    faults = Faults(source)
+    top = Table("", read_toml(text, source), faults)
+    default = os.path.basename(source.removeprefix(EXAMPLE_PREFIX)).removesuffix(".toml")
+    isolation = top.read("isolation", lambda value: _some(value, LEVELS), Design.isolation)
+    design = Design(
+        top.read("name", _name, default),
+        source,
+        tuple(_read_victim(table) for table in _tables(top, "victim")),
+        tuple(_read_aggressor(table) for table in _tables(top, "aggressor")),
+        top.read("placements", _placements, Design.placements),
+        isolation,
+        top.read("scope", _scope, Design.scope),
+        top.read("processes", lambda value: read_whole(value, 1, 10_000), Design.processes),
+        top.read("seconds", lambda value: read_number(value, 0.01, 86_400), Design.seconds),
+        top.read("warmup", lambda value: read_number(value, 0, 3_600), Design.warmup),
+        top.read("settle", lambda value: read_number(value, 0, 3_600), Design.settle),
+        top.read("timeout", lambda value: read_number(value, 0.1, 86_400), Design.timeout),
+        top.read("seed", lambda value: read_whole(value, 0, 2**63 - 1), Design.seed),
+        top.read("victim_pcpu", lambda value: read_whole(value, 0, 8191), None),
+    )
+    if not design.victims and "victim" not in top.rest:
+        faults.note("victim: want at least one, under [[victim]]")
+    for key, programs in (("victim", design.victims), ("aggressor", design.aggressors)):
+        _check_names(key, [one.name for one in programs], faults)
+    top.refuse_others()
+    if faults.found:
+        raise DesignError(source, faults.found)
+    return design
+
+
+def _tables(top: Table, key: str) -> list[Table]:
+    value = top.take(key)
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        top.fault(key, f"want each under [[{key}]], got {shown(value)}")
+        return []
+    return [Table(f"{key}[{index}]", table, top.faults) for index, table in enumerate(value)]
+
+
+def _read_victim(table: Table) -> Victim:
+    probe, command, options = _read_program(table, _VICTIMS)
+    metric = table.read("metric", read_text, Victim.metric)
+    unit, better = table.read("unit", read_text, ""), table.read("better", one_of(BETTER), Victim.better)
+    tool = table.read("tool", one_of(_PARSERS), Victim.tool)
+    for key, value in (("unit", unit), ("tool", tool)):
+        if value and not command:
+            table.fault(key, "is for a command; a probe says it itself")
+    if command and metric and not tool:
+        _check_pattern(table, metric)
+    name = table.read("name", _name, probe or os.path.basename(command[0] if command else ""))
+    table.refuse_others()
+    return Victim(name, probe, command, options, metric, unit, better, tool)
+
+
+def _read_aggressor(table: Table) -> Aggressor:
+    probe, command, options = _read_program(table, _AGGRESSORS)
+    name = table.read("name", _name, probe or os.path.basename(command[0] if command else ""))
+    count = table.read("count", lambda value: read_whole(value, 1, 8192), Aggressor.count)
+    vm = table.read("vm", read_flag, Aggressor.vm)
+    table.refuse_others()
+    return Aggressor(name, probe, command, options, count, vm)
+
+
+def _read_program(table: Table, probes: Sequence[str]) -> tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]]:
+    given = [key for key in ("probe", "command") if key in table.rest]
+    if len(given) != 1:
+        table.fault(None, f'want probe = "NAME" or command = ["program", ...], got {" and ".join(given) or "neither"}')
+    probe = table.read("probe", one_of(tuple(probes)), "")
+    command = table.read("command", read_argv, ())
+    options = table.table("options")
+    if command and options.rest:
+        table.fault("options", "are a probe's; a command has its own arguments")
+    found: list[tuple[str, str]] = []
+    for key in tuple(options.rest):
+        text = options.read(key, _option, "")
+        found.append((key, text))
+    if probe and found:
+        _check_options(table, probe, found)
+    return probe, command, tuple(found)
+
+
+def _option(value: object) -> str:
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, int | float):
+        return str(value)
+    return read_text(value)
+
+
+def _check_options(table: Table, probe: str, options: list[tuple[str, str]]) -> None:
+    from workers.probes import parameter
+    from workers.probes.refusal import Refused
+
+    kind: Probe = __import__(f"workers.probes.{probe}", fromlist=["PROBE"]).PROBE
+    for key, text in options:
+        if key == "json":
+            table.fault("options.json", "is set by the experiment")
+            continue
+        try:
+            parameter.from_options(probe, kind.parameters, [f"--{key.replace('_', '-')}={text}"])
+        except Refused as refusal:
+            table.fault("options", refusal.problem)
+
+
+def _check_pattern(table: Table, pattern: str) -> None:
+    import re
+
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        table.fault("metric", f"is no regular expression: {error}")
+        return
+    if groups != 1:
+        table.fault("metric", f"want one group, the number, such as 'took ([0-9.]+) ms', got {groups} groups")
+
+
+def _check_names(key: str, names: list[str], faults: Faults) -> None:
+    for index, name in enumerate(names):
+        if name and name in names[:index]:
+            faults.note(f"{key}[{index}].name: {name!r} is {key}[{names.index(name)}]'s name already")
+
+
+def _name(value: object) -> str:
+    text = read_text(value)
+    if len(text) > 40 or not set(text) <= _NAME or text[0] in "._-":
+        raise ValueError(
+            f"a name has 1 to 40 of a-z, 0-9, '.', '_', '-', and starts with a letter or digit, got {shown(text)}"
+        )
+    return text
+
+
+def _some(value: object, choices: tuple[str, ...]) -> tuple[str, ...]:
+    values = value if isinstance(value, list) else [value]
+    read: Callable[[object], str] = one_of(choices)
+    found = tuple(read(one) for one in values)
+    if not found or len(set(found)) != len(found):
+        raise ValueError(f"want one or more of {', '.join(choices)}, each once, got {shown(value)}")
+    return found
+
+
+def _placements(value: object) -> tuple[str, ...]:
+    return () if value == "all" else _some(value, DEGREES)
+
+
+def _scope(value: object) -> str:
+    from ..isolation.scope import parse as check
+
+    text = read_text(value)
+    if text != OWN_SCOPE:
+        check(text)
+    return text
