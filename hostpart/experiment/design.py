@@ -251,7 +251,7 @@ def _read_program(table: Table, probes: Sequence[str]) -> tuple[str, tuple[str, 
         text = options.read(key, _option, "")
         found.append((key, text))
     if probe and found:
-        _check_options(table, probe, found)
+        _check_options(options, probe, found)
     return probe, command, tuple(found)
 
 
@@ -270,12 +270,12 @@ def _check_options(table: Table, probe: str, options: list[tuple[str, str]]) -> 
     kind: Probe = __import__(f"workers.probes.{probe}", fromlist=["PROBE"]).PROBE
     for key, text in options:
         if key == "json":
-            table.fault("options.json", "is set by the experiment")
+            table.fault(key, "is set by the experiment")
             continue
         try:
             parameter.from_options(probe, kind.parameters, [f"--{key.replace('_', '-')}={text}"])
         except Refused as refusal:
-            table.fault("options", refusal.problem)
+            table.fault(key, refusal.problem)
 
 
 def _check_pattern(table: Table, pattern: str) -> None:

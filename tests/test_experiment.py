@@ -1,0 +1,349 @@
+"""Experiments on this machine's cores: runs, files, interruptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hostpart import procfs
+from hostpart.errors import ConfigError, Failed, UsageError
+from hostpart.experiment import design, results
+
+from .conftest import Place, wait_until
+
+needs_two = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two usable pCPUs")
+
+QUICK = """
+processes = 1
+seconds = 0.1
+warmup = 0.05
+settle = 0.1
+placements = ["same-pcpu"]
+scope = "experiment"
+[[victim]]
+probe = "noise"
+options = { engine = "python" }
+[[aggressor]]
+name = "spinners"
+probe = "spin"
+count = 2
+"""
+
+
+def _file(folder: Path, text: str = QUICK, name: str = "quick.toml") -> str:
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+def _runs(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+
+
+# -- the file ------------------------------------------------------------------------------------------------
+
+
+def test_the_example_is_right() -> None:
+    for name in design.example_names():
+        assert design.load(f"example:{name}").victims
+
+
+def test_all_faults_are_told_at_once() -> None:
+    text = """
+    processes = 0
+    placments = "all"
+    isolation = ["affinity", "affinity"]
+    scope = "everything"
+    [[victim]]
+    probe = "noisy"
+    [[victim]]
+    command = ["x"]
+    probe = "noise"
+    [[victim]]
+    command = ["x"]
+    metric = "no group"
+    options = { a = 1 }
+    [[victim]]
+    probe = "noise"
+    name = "x"
+    unit = "s"
+    options = { json = true, threshold_ns = -1 }
+    [[aggressor]]
+    probe = "spin"
+    options = { secnds = 3 }
+    count = 0
+    """
+    with pytest.raises(ConfigError) as caught:
+        design.parse(text, "mine.toml")
+    told = "\n".join(caught.value.faults)
+    for part in (
+        "processes: want a whole number from 1",
+        "placments: is not a key here; did you mean placements?",
+        "isolation: want one or more of affinity, sweep, cpuset, full, each once",
+        "scope: ",
+        "victim[0].probe: want one of",
+        "victim[1]: want probe =",
+        "victim[2].metric: want one group",
+        "victim[2].options: are a probe's",
+        "victim[3].unit: is for a command",
+        "victim[3].options.json: is set by the experiment",
+        "victim[3].options.threshold_ns: ",
+        "aggressor[0].options.secnds: probe 'spin' has no option",
+        "aggressor[0].count: want a whole number from 1",
+    ):
+        assert part in told
+    assert "hostpart experiment --plan mine.toml" in caught.value.remedy
+
+
+def test_names_are_given_and_unique() -> None:
+    found = design.parse('[[victim]]\nprobe = "noise"\n[[victim]]\ncommand = ["/usr/bin/time", "x"]', "a/some.toml")
+    assert (found.name, [one.name for one in found.victims]) == ("some", ["noise", "time"])
+    with pytest.raises(ConfigError, match=r"victim\[1\].name: 'noise' is victim\[0\]'s name already"):
+        design.parse('[[victim]]\nprobe = "noise"\n[[victim]]\nprobe = "noise"', "x.toml")
+    with pytest.raises(ConfigError, match="victim: want at least one"):
+        design.parse("", "x.toml")
+
+
+# -- the directory -------------------------------------------------------------------------------------------
+
+EXPERIMENT = {"schema": 1, "design": {"a": 1}, "plan": {"runs": []}}
+
+
+def _run(number: int, **more: object) -> dict[str, Any]:
+    return {"schema": 1, "run": number, "error": None, **more}
+
+
+def test_a_line_that_was_cut_short_is_taken_away(tmp_path: Path) -> None:
+    here = tmp_path / "out"
+    journal = results.Journal(str(here), EXPERIMENT)
+    journal.append(_run(0))
+    journal.append(_run(1))
+    journal.close()
+    whole = (here / "runs.jsonl").read_bytes()
+    for cut in range(1, 12):
+        (here / "runs.jsonl").write_bytes(whole[:-cut])
+        found = results.read(str(here))
+        assert ([run["run"] for run in found.runs], found.damaged) == (([0], 1) if cut > 1 else ([0, 1], 0))
+        journal = results.Journal(str(here), EXPERIMENT)
+        journal.append(_run(2))
+        journal.close()
+        assert [run["run"] for run in results.read(str(here)).runs] == [0, 2]
+        assert results.read(str(here)).damaged == 0
+
+
+def test_the_last_line_of_a_run_counts_and_a_failed_one_is_not_done(tmp_path: Path) -> None:
+    journal = results.Journal(str(tmp_path), EXPERIMENT)
+    journal.append(_run(1, error={"problem": "p", "remedy": "r"}))
+    journal.append(_run(0, error={"problem": "p", "remedy": "r"}))
+    journal.append(_run(1, value=2))
+    journal.close()
+    found = results.read(str(tmp_path))
+    assert [run["run"] for run in found.runs] == [0, 1]
+    assert found.runs[1]["value"] == 2
+    assert found.done == {1}
+
+
+def test_a_directory_is_one_experiments_and_one_processs(tmp_path: Path) -> None:
+    here = str(tmp_path / "out")
+    journal = results.Journal(here, EXPERIMENT)
+    with pytest.raises(UsageError, match="another process"):
+        results.Journal(here, EXPERIMENT)
+    journal.close()
+    results.Journal(here, {**EXPERIMENT, "hostpart": "later"}).close()
+    with pytest.raises(UsageError, match="another design"):
+        results.Journal(here, {**EXPERIMENT, "design": {"a": 2}})
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "thesis.txt").touch()
+    with pytest.raises(UsageError, match="not empty"):
+        results.Journal(str(tmp_path / "else"), EXPERIMENT)
+    with pytest.raises(UsageError, match="No such file"):
+        results.read(str(tmp_path / "else"))
+
+
+FULL = """
+import sys
+from hostpart.experiment import results
+from hostpart.errors import Failed
+journal = results.Journal(sys.argv[1], {"schema": 1, "design": {}, "plan": {}})
+made = 0
+try:
+    while True:
+        journal.append({"schema": 1, "run": made, "error": None, "filling": "x" * 1000})
+        made += 1
+except Failed as error:
+    print(made, error, error.remedy, sep="\\n")
+"""
+
+
+def test_a_full_disk_costs_nothing_that_was_written(tmp_path: Path) -> None:
+    """On a file system of 64 KiB, mounted in namespaces of the test's own."""
+    source = str(Path(results.__file__).parents[2])
+    script = (
+        f'mount -t tmpfs -o size=64k none "$1" && cd "$1" && PYTHONPATH={source} "$2" -c "$3" out && cat out/runs.jsonl'
+    )
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", str(tmp_path), sys.executable, FULL],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode and ("unshare" in done.stderr or "mount" in done.stderr):
+        pytest.skip(f"needs a mount namespace: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    made, problem, remedy, *lines = done.stdout.splitlines()
+    assert "No space left on device" in problem
+    assert "goes on where it stopped" in remedy
+    assert [json.loads(line)["run"] for line in lines] == list(range(int(made)))
+    assert int(made) > 10
+
+
+def test_a_limit_on_files_is_met_likewise(tmp_path: Path) -> None:
+    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, {resource.RLIM_INFINITY}))\n{FULL}"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "o")], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[0] == "4"
+    assert len((tmp_path / "o" / "runs.jsonl").read_text().splitlines()) == 4
+
+
+def test_what_cannot_be_written_is_an_error_with_a_remedy() -> None:
+    with pytest.raises(Failed, match="cannot be written to /proc/nowhere"):
+        results.Journal("/proc/nowhere", EXPERIMENT)
+
+
+# -- runs ----------------------------------------------------------------------------------------------------
+
+
+@needs_two
+def test_an_experiment_from_its_plan_to_its_runs(place: Place, tmp_path: Path) -> None:
+    file, out = _file(tmp_path), tmp_path / "out"
+    planned = place.run("experiment", "--plan", file, "--json", "--out", str(out))
+    assert planned.returncode == 0, planned.stderr
+    document = json.loads(planned.stdout)
+    assert not out.exists()
+    done = place.run("experiment", file, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "experiment.json").read_text()) == document
+    runs = _runs(out)
+    assert [run["run"] for run in runs] == [one["run"] for one in document["plan"]["runs"]]
+    assert [run["condition"] for run in runs] == [one["condition"] for one in document["plan"]["runs"]]
+    victim = runs[0]["victim_pcpu"]
+    assert all(run["record"]["where"]["cpus_allowed"] == str(victim) for run in runs)
+    assert all(run["evidence"]["vcpus"][0]["pcpu"] == victim for run in runs)
+    assert [run["metrics"] == run["record"]["metrics"] and run["primary"] for run in runs] == ["time_lost"] * 3
+    alone, beside, _ = (run["metrics"]["time_lost"]["value"] for run in runs)
+    assert [len(run["aggressors"]) for run in runs] == [0, 2, 0]
+    for one in runs[1]["aggressors"]:
+        assert (one["alive"], one["as"], one["pcpus"]) == (True, "host", str(victim))
+        assert procfs.read_stat(one["pid"]) is None
+    # Two spinners on the victim's own pCPU take two thirds of it; what else runs here takes some of the rest.
+    assert beside > max(alone, 40)
+    (session,) = (json.loads(line) for line in (out / "sessions.jsonl").read_text().splitlines())
+    assert session["facts"]["kernel"]["release"] == os.uname().release
+    assert session["command"][1:] == ["experiment", file, "--out", str(out)]
+    assert place.is_clean()
+    again = place.run("experiment", file, "--out", str(out))
+    assert "all 3 runs are made already" in again.stderr
+    assert len(_runs(out)) == 3
+
+
+@needs_two
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_experiment_that_was_ended_goes_on(place: Place, tmp_path: Path, number: signal.Signals) -> None:
+    file, out = _file(tmp_path, QUICK.replace("seconds = 0.1", "seconds = 0.6")), tmp_path / "out"
+    process = place.start("experiment", file, "--out", str(out))
+    assert wait_until(lambda: (out / "runs.jsonl").exists() and len(_runs(out)) == 1, 30)
+    # The second run has aggressors: it is ended in the middle of that one.
+    assert wait_until(lambda: len(place.processes()) >= 5, 30)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+    # Of what it started nothing is left, also where it had no time to end it.
+    assert wait_until(place.is_clean, 30), place.processes()
+    assert len(_runs(out)) == 1
+    if number != signal.SIGKILL:
+        assert "stopped with 1 of 3 runs made; the same command goes on: hostpart experiment" in told
+    done = place.run("experiment", file, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "1 of 3 runs are made already" in done.stderr
+    assert [(run["run"], run["session"]) for run in _runs(out)] == [(0, 0), (1, 1), (2, 1)]
+
+
+@needs_two
+def test_an_aggressor_that_dies_early_and_a_victim_that_crashes_are_said(place: Place, tmp_path: Path) -> None:
+    text = QUICK.replace('probe = "spin"', 'command = ["sh", "-c", "exec sleep 0.05"]').replace("count = 2", "")
+    done = place.run("experiment", _file(tmp_path, text), "--out", str(tmp_path / "a"))
+    assert done.returncode == 1
+    assert "spinners ended before the victim (exit status 0)" in done.stderr
+    (failed,) = (run for run in _runs(tmp_path / "a") if run["error"])
+    assert failed["condition"].endswith("same-pcpu")
+    assert failed["aggressors"][0]["alive"] is False
+    # Made again, it is the failed run that is made anew.
+    again = place.run("experiment", str(tmp_path / "quick.toml"), "--out", str(tmp_path / "a"))
+    assert "2 of 3 runs are made already" in again.stderr
+    assert [run["run"] for run in _runs(tmp_path / "a")] == [0, 1, 2, 1]
+    assert place.is_clean()
+
+
+@needs_two
+def test_what_an_aggressor_has_started_ends_with_it(place: Place, tmp_path: Path) -> None:
+    script = f"sleep 1000 & setsid sleep 1000 & echo $! > {tmp_path}/pid; sleep 1000"
+    text = QUICK.replace('probe = "spin"', f"command = ['sh', '-c', '{script}']").replace("count = 2", "")
+    done = place.run("experiment", _file(tmp_path, text), "--out", str(tmp_path / "a"))
+    assert done.returncode == 0, done.stderr
+    assert procfs.read_stat(int((tmp_path / "pid").read_text())) is None
+    assert place.is_clean()
+
+
+@needs_two
+def test_levels_are_a_factor_and_an_aggressor_can_be_a_vm(place: Place, tmp_path: Path) -> None:
+    text = QUICK.replace("placements", 'isolation = ["affinity", "sweep"]\nplacements')
+    done = place.run("experiment", _file(tmp_path, text), "--out", str(tmp_path / "a"))
+    assert done.returncode == 0, done.stderr
+    levels = {run["isolation"]: run["evidence"]["isolation"]["reached"] for run in _runs(tmp_path / "a")}
+    assert levels == {"affinity": "affinity", "sweep": "sweep"}
+
+
+def test_a_taken_pcpu_is_refused_before_anything_is_made(place: Place, tmp_path: Path) -> None:
+    count = len(os.sched_getaffinity(0)) - 1
+    if not count:
+        pytest.skip("needs two usable pCPUs")
+    process = place.start("run", "-n", str(count), "--", "sleep", "60")
+    assert wait_until(lambda: len(place.free()) == 1)
+    done = place.run("experiment", _file(tmp_path), "--out", str(tmp_path / "a"))
+    assert done.returncode == 3
+    assert "is leased to a VM" in done.stderr
+    assert not (tmp_path / "a").exists()
+    process.terminate()
+    process.wait(30)
+
+
+def test_progress_on_a_terminal_and_elsewhere(place: Place, tmp_path: Path) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two usable pCPUs")
+    file = _file(tmp_path)
+    master, slave = os.openpty()
+    process = place.start("experiment", file, "--out", str(tmp_path / "a"), stderr=slave, stdout=subprocess.DEVNULL)
+    os.close(slave)
+    shown = b""
+    while process.poll() is None:
+        try:
+            shown += os.read(master, 65536)
+        except OSError:
+            break
+        time.sleep(0.01)
+    os.close(master)
+    assert process.wait(30) == 0
+    text = shown.decode("utf-8", "replace")
+    assert "now: noise alone on pCPU" in text
+    assert "of 3" in text
+    assert "left" in text
+    plain = place.run("experiment", file, "--out", str(tmp_path / "b"))
+    lines = plain.stderr.splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("run ")] == [f"run {n} of 3" for n in (1, 2, 3)]
+    assert "\x1b" not in plain.stderr
