@@ -68,6 +68,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scope", type=_scope, metavar="SCOPE", help="instead of the file's; 'experiment': its own tasks"
     )
+    parser.add_argument("--no-report", action="store_true", help="keep the runs only; analyse them another time")
     parser.add_argument("--strict", action="store_true", help="exit 5 if a partition did not hold")
     parser.add_argument("--json", action="store_true", help="print JSON: the plan, or the analysis")
 

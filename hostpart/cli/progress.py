@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, TextIO
 
+    from rich.live import Live
+
     from ..experiment.schedule import Plan, Run
 
 __all__ = ["Progress"]
@@ -26,12 +28,14 @@ class Progress:
     """
 
     def __init__(self, plan: Plan, done: Collection[int], stream: TextIO) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
         self.plan, self.made, self.failed = plan, len(done), 0
-        self._console = Console(file=stream)
-        self._live = Live(console=self._console, auto_refresh=False, transient=True) if stream.isatty() else None
+        self._stream = stream
+        self._live: Live | None = None
+        if stream.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(console=Console(file=stream), auto_refresh=False, transient=True)
         self._left = sum(1 for one in plan.runs if one.number not in done)
         self._spent_s = 0.0
         self._new = 0
@@ -68,13 +72,11 @@ class Progress:
         self.failed += document["error"] is not None
         self._last[run.condition.id] = self._figure(document)
         if self._live is None:
-            self._console.print(
+            self._stream.write(
                 f"run {run.number + 1} of {len(self.plan.runs)}: {_where(run)}: {self._last[run.condition.id]}; "
-                f"{self._rest()} left",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
+                f"{self._rest()} left\n"
             )
+            self._stream.flush()
 
     def _rest(self) -> str:
         each = self._spent_s / self._new if self._new else self.plan.seconds / max(1, len(self.plan.runs))
