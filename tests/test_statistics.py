@@ -195,12 +195,18 @@ def test_what_is_not_finite_is_refused(bad: float) -> None:
 # -- the rank test -------------------------------------------------------------------------------------
 
 
+def _p(values: Sequence[float], others: Sequence[float]) -> float:
+    found = rank_test(values, others)
+    assert found is not None
+    return found.p
+
+
 def test_the_rank_test_is_scipys() -> None:
     exact = stats.mannwhitneyu(LOADED, ALONE, alternative="two-sided", method="exact").pvalue
-    assert rank_test(LOADED, ALONE) == rank_test(ALONE, LOADED) == exact
+    assert _p(LOADED, ALONE) == _p(ALONE, LOADED) == exact
     rounded = [round(value, -3) for value in LOADED], [round(value, -3) for value in ALONE]
     corrected = stats.mannwhitneyu(*rounded, alternative="two-sided", method="asymptotic").pvalue
-    assert rank_test(*rounded) == corrected
+    assert _p(*rounded) == corrected
 
 
 def _by_hand(values: Sequence[float], others: Sequence[float]) -> float:
@@ -221,21 +227,28 @@ def _by_hand(values: Sequence[float], others: Sequence[float]) -> float:
 @given(st.lists(st.integers(-1000, 1000), min_size=2, max_size=8, unique=True), st.data())
 def test_without_ties_the_rank_test_counts_all_orders(values: list[int], data: st.DataObject) -> None:
     cut = data.draw(st.integers(1, len(values) - 1))
-    assert rank_test(values[:cut], values[cut:]) == pytest.approx(_by_hand(values[:cut], values[cut:]))
+    assert _p(values[:cut], values[cut:]) == pytest.approx(_by_hand(values[:cut], values[cut:]))
 
 
 def test_samples_apart_have_the_least_p_there_is() -> None:
     alone = [10.0 + number for number in range(60)]
     loaded = [float(number) for number in range(10)]
-    assert rank_test(loaded, alone) == pytest.approx(2 / math.comb(70, 10))
+    assert _p(loaded, alone) == pytest.approx(2 / math.comb(70, 10))
+
+
+def test_the_rank_test_tells_which_sample_is_above() -> None:
+    for above, samples in ((0.0, ([1.0, 2.0], [3.0, 4.0])), (1.0, ([3.0, 4.0], [1.0, 2.0])), (0.5, ([1.0], [1.0]))):
+        found = rank_test(*samples)
+        assert found is not None
+        assert found.above == above
 
 
 def test_the_rank_test_of_few_and_of_equal_values() -> None:
     assert rank_test([], ALONE) is None
     assert rank_test(ALONE, []) is None
-    assert rank_test([1.0], [2.0]) == 1.0
-    assert rank_test([1.0] * 10, [1.0] * 60) == 1.0
-    assert rank_test([0.0] * 9 + [1.0], [0.0] * 10) == pytest.approx(0.37, abs=0.1)
+    assert _p([1.0], [2.0]) == 1.0
+    assert _p([1.0] * 10, [1.0] * 60) == 1.0
+    assert _p([0.0] * 9 + [1.0], [0.0] * 10) == pytest.approx(0.37, abs=0.1)
 
 
 @pytest.mark.parametrize("digits", [6, 0], ids=["no ties", "mostly ties"])
@@ -244,10 +257,9 @@ def test_of_equal_samples_one_in_twenty_at_most_differs(digits: int, count: int,
     rng = np.random.default_rng([digits, count, base])
     trials = 500
     found = [
-        rank_test(np.round(rng.normal(0, 1, count), digits), np.round(rng.normal(0, 1, base), digits))
-        for _ in range(trials)
+        _p(np.round(rng.normal(0, 1, count), digits), np.round(rng.normal(0, 1, base), digits)) for _ in range(trials)
     ]
-    assert _no_more_than(sum(p is not None and p < 0.05 for p in found), trials, 0.05)
+    assert _no_more_than(sum(p < 0.05 for p in found), trials, 0.05)
 
 
 # -- many tests ----------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ __all__ = [
     "DRIFT_PERCENT",
     "FEWEST",
     "RESAMPLES",
+    "Ranks",
     "Trend",
     "holm",
     "median",
@@ -73,6 +74,17 @@ DRIFT_PERCENT = 2.0
 
 _EXACT = 10_000  # pairs of values up to which the rank test counts all orders
 _THIS, _BASE = 0, 1  # the two samples of a ratio are drawn independently
+
+
+class Ranks(Value):
+    """How two samples lie to each other.
+
+    :ivar p: that they are of one distribution; two-sided
+    :ivar above: the share of pairs, one value of each, in which the first sample's is larger; equal ones count half
+    """
+
+    p: float
+    above: float
 
 
 class Trend(Value):
@@ -164,8 +176,8 @@ def ratio_interval(
     return _between(ratios, (1 - confidence) / 2) if np.isfinite(ratios).all() else None
 
 
-def rank_test(values: Sequence[float], others: Sequence[float]) -> float | None:
-    """Return the p of the Mann-Whitney U test, two-sided; None where one of both has no value.
+def rank_test(values: Sequence[float], others: Sequence[float]) -> Ranks | None:
+    """Return what the Mann-Whitney U test tells, two-sided; None where one of both has no value.
 
     All orders are counted where no two values are equal and there are not too many; else it is the normal
     approximation, corrected for ties and for continuity.
@@ -177,10 +189,10 @@ def rank_test(values: Sequence[float], others: Sequence[float]) -> float | None:
         return None
     distinct = len(np.unique(np.concatenate((one, other))))
     if distinct == 1:
-        return 1.0
+        return Ranks(1.0, 0.5)
     exact = distinct == len(one) + len(other) and len(one) * len(other) <= _EXACT
     found = stats.mannwhitneyu(one, other, alternative="two-sided", method="exact" if exact else "asymptotic")
-    return float(found.pvalue)
+    return Ranks(float(found.pvalue), float(found.statistic) / (len(one) * len(other)))
 
 
 def holm(ps: Sequence[float]) -> list[float]:
