@@ -14,6 +14,7 @@ from ..cpuset import CpuSet
 from ..errors import DoesNotFit, UsageError
 from ..experiment import design as designs
 from ..experiment import results, schedule
+from ..experiment.extra import need
 from ..experiment.facts import distances, read_facts
 from ..experiment.runner import Runner
 from ..experiment.sharing import placements
@@ -102,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
             len(victims), topology.usable - kept - taken, [f"the victim's pCPU {taken} is leased to a VM"],
             "see 'hostpart ps'; end that VM, or name another pCPU with victim_pcpu in the file",
         )  # fmt: skip
+    if not args.no_report:
+        need()
     journal = results.Journal(out, document)
     try:
         return _run(args, design, plan, kept, journal, host)
@@ -210,9 +213,22 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
 
 def _tell(args: argparse.Namespace, directory: str) -> int:
     found = results.read(directory)
+    if not args.no_report:
+        from ..experiment.analysis import analyse, keep
+        from .analysis import summary
+
+        analysis = analyse(found)
+        keep(analysis, directory)
+        if args.json:
+            import json
+
+            print(json.dumps(analysis))
+        else:
+            print(summary(analysis, colour=colour_wanted(sys.stdout)))
     failed = [one for one in found.runs if one["error"] is not None]
-    for one in failed:
-        say(f"run {one['run']} ({one['condition']}) failed: {one['error']['problem']}\ntry: {one['error']['remedy']}")
+    for problem, remedy in dict.fromkeys((one["error"]["problem"], one["error"]["remedy"]) for one in failed):
+        count = sum(1 for one in failed if one["error"]["problem"] == problem)
+        say(f"{count} run{'s' * (count > 1)} failed: {problem}\ntry: {remedy}")
     if args.strict and any(one["verdict"] != "held" for one in found.runs):
         return 5
     return 1 if failed else 0
