@@ -109,7 +109,9 @@ def median(values: Sequence[float]) -> float | None:
 
     :raises ValueError: where a value is not finite
     """
-    return float(np.median(_sample(values))) if len(values) else None
+    ordered = np.sort(_sample(values))
+    count = len(ordered)
+    return float(_middle(ordered[(count - 1) // 2], ordered[count // 2])) if count else None
 
 
 def tail(count: int, confidence: float = CONFIDENCE) -> float:
@@ -223,7 +225,7 @@ def trend(times: Sequence[float], values: Sequence[float]) -> Trend | None:
         raise ValueError(f"there are {len(when)} times and {len(sample)} values")
     if len(sample) < 3 or when.min() == when.max():
         return None
-    middle = abs(float(np.median(sample)))
+    middle = abs(median(values) or 0.0)
     if sample.min() == sample.max():
         return Trend(0.0 if middle else None, 1.0)
     p = float(stats.kendalltau(when, sample).pvalue)
@@ -240,16 +242,21 @@ def _sample(values: Sequence[float]) -> Any:
 
 
 def _between(medians: Any, share: float) -> tuple[float, float]:
-    low, high = np.quantile(medians, [share, 1 - share])
-    return float(low), float(high)
+    # Values that there are: to interpolate between the largest numbers would overflow.
+    low = np.quantile(medians, share, method="lower")
+    return float(low), float(np.quantile(medians, 1 - share, method="higher"))
 
 
 def _medians(sample: Any, seed: int, stream: int, resamples: int) -> Any:
     # The medians of as many resamples. Which of the sorted values a resample's median is does not hang on the values.
     lower, upper = _middles(len(sample), seed, stream, resamples)
     ordered = np.sort(sample)
-    # Half of each: the sum of two large ones would be infinite.
-    return ordered[lower] / 2 + ordered[upper] / 2
+    return _middle(ordered[lower], ordered[upper])
+
+
+def _middle(lower: Any, upper: Any) -> Any:
+    # Half of each: the sum of two large ones would be infinite. Half of a smallest one is 0.
+    return np.where(lower == upper, lower, lower / 2 + upper / 2)
 
 
 @lru_cache(maxsize=64)
