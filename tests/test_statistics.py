@@ -168,6 +168,17 @@ def test_a_ratio_whose_base_may_be_zero_has_no_interval() -> None:
     assert ratio_interval([2.0] * 7, base) is None
 
 
+def test_a_ratio_whose_base_may_be_less_than_zero_has_no_interval() -> None:
+    assert ratio_interval([2.0] * 7, [-1.0, -1.0, -1.0, 1.0, 1.0, 1.0, 1.0]) is None
+
+
+@pytest.mark.parametrize("count", [9, 10])
+def test_values_that_lie_alike_to_both_sides_have_an_interval_that_does(count: int) -> None:
+    found = median_interval([float(number) for number in range(count)], resamples=49_999)
+    assert found is not None
+    assert sum(found) == pytest.approx(count - 1, abs=0.01)
+
+
 def test_zero_and_less_can_be_compared_with_more() -> None:
     assert (ratio([0.0] * 5, [2.0] * 5), ratio_interval([0.0] * 5, [2.0] * 5)) == (0.0, (0.0, 0.0))
     assert (ratio([-1.0] * 5, [2.0] * 5), ratio_interval([-1.0] * 5, [2.0] * 5)) == (-0.5, (-0.5, -0.5))
