@@ -421,6 +421,13 @@ def test_to_pool_histograms_is_to_count_all_values_in_one(samples: list[list[int
         assert pooled[name] == whole.percentile(percent)
 
 
+def test_a_pooled_percentile_is_not_below_the_truth() -> None:
+    # 59.4 of 60 values: the 59th is exceeded by more than one in a hundred.
+    values = Histogram("ns")
+    values.update(range(1, 61))
+    assert pool([values.to_json()])["p99"] == 60 == values.percentile(99)
+
+
 def test_another_tools_buckets_are_counted_as_their_largest_value() -> None:
     pooled = pool([{"unit": "ns", "count": 4, "min": 1, "max": 70_000, "buckets": [[0, 1000, 3], [50_000, None, 1]]}])
     assert (pooled["count"], pooled["max"]) == (4, 70_000)
