@@ -501,7 +501,8 @@ def test_a_summary_names_every_condition_and_obeys_nothing_in_them(everything: R
 
 @pytest.mark.parametrize(
     ("value", "unit", "shown"),
-    [(1_234_567.0, "1/s", "1.235 M/s"), (12_799.0, "ns", "12.80 µs"), (1_500.0, "ns", "1.500 µs"), (0.0, "ns", "0.000 ns"), (3.134, "s", "3.134 s"),
+    [(1_234_567.0, "1/s", "1.235 M/s"), (12_799.0, "ns", "12.80 µs"), (1_500.0, "ns", "1.500 µs"),
+     (0.0, "ns", "0.000 ns"), (3.134, "s", "3.134 s"),
      (55.0, "%", "55.00 %"), (2.5e9, "B/s", "2.500 GB/s"), (1e-5, "s", "1.000e-05 s"), (12.0, "1", "12.00")],
 )  # fmt: skip
 def test_numbers_have_four_digits_and_a_unit_of_their_size(value: float, unit: str, shown: str) -> None:
