@@ -421,6 +421,13 @@ def test_to_pool_histograms_is_to_count_all_values_in_one(samples: list[list[int
         assert pooled[name] == whole.percentile(percent)
 
 
+def test_a_pooled_percentile_is_not_below_the_truth() -> None:
+    # 59.4 of 60 values: the 59th is exceeded by more than one in a hundred.
+    values = Histogram("ns")
+    values.update(range(1, 61))
+    assert pool([values.to_json()])["p99"] == 60 == values.percentile(99)
+
+
 def test_another_tools_buckets_are_counted_as_their_largest_value() -> None:
     pooled = pool([{"unit": "ns", "count": 4, "min": 1, "max": 70_000, "buckets": [[0, 1000, 3], [50_000, None, 1]]}])
     assert (pooled["count"], pooled["max"]) == (4, 70_000)
@@ -494,7 +501,8 @@ def test_a_summary_names_every_condition_and_obeys_nothing_in_them(everything: R
 
 @pytest.mark.parametrize(
     ("value", "unit", "shown"),
-    [(1_234_567.0, "1/s", "1.235 M/s"), (12_799.0, "ns", "12.80 µs"), (0.0, "ns", "0.000 ns"), (3.134, "s", "3.134 s"),
+    [(1_234_567.0, "1/s", "1.235 M/s"), (12_799.0, "ns", "12.80 µs"), (1_500.0, "ns", "1.500 µs"),
+     (0.0, "ns", "0.000 ns"), (3.134, "s", "3.134 s"),
      (55.0, "%", "55.00 %"), (2.5e9, "B/s", "2.500 GB/s"), (1e-5, "s", "1.000e-05 s"), (12.0, "1", "12.00")],
 )  # fmt: skip
 def test_numbers_have_four_digits_and_a_unit_of_their_size(value: float, unit: str, shown: str) -> None:
