@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from ..experiment.extra import need
 
-    need("hostpart report", "numpy", "scipy", "hdrh", "plotly")
+    need()
     if args.compare and len(args.directory) < 2:
         raise UsageError("--compare needs two directories or more", "name another one, or leave --compare out")
     if args.out is not None and len(args.directory) > 1 and not args.compare:

@@ -7,7 +7,7 @@ import os
 from . import facts, figures, finding, hostmap, quantity
 from .document import Section, page
 from .markup import Html, element, join, table
-from .page import alarms, facts_table
+from .page import alarms, facts_table, told_first
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _first(those: Sequence[_One]) -> Html:
     return element(
         "aside",
         element("h2", "Read this first", id="first-title"),
-        element("ul", *(element("li", element("b", one.letter), f": {text}") for one, text in told)),
+        told_first([join([element("b", one.letter), f": {text}"]) for one, text in told]),
         class_="warning",
         aria_labelledby="first-title",
     )
@@ -135,9 +135,11 @@ def _plots(those: Sequence[_One]) -> list[tuple[tuple[str, str], figures.Plot | 
     for number, (group, keys) in enumerate(_groups(those).items()):
         beside = [key for key in keys if key[2] is not None]
         rows = [
-            (f"{aggressor}, {placement}", [_ratio(one.conditions.get(key)) for one in those])
+            (
+                {"aggressor": key[2], "placement": key[3]},
+                [finding.ratio_of(_primary(one.conditions.get(key))) for one in those],
+            )
             for key in beside
-            for _, _, aggressor, placement in (key,)
         ]
         title = ", ".join(group)
         plot = figures.compared(title, rows, _letters(those), f"compared-{number}") if rows else None
@@ -149,12 +151,13 @@ def _ratios(
     those: Sequence[_One], plots: Sequence[tuple[tuple[str, str], figures.Plot | None, list[_Key]]]
 ) -> list[Html]:
     parts = [
+        element("p", _told(those, [key for _, _, keys in plots for key in keys]), class_="lead"),
         element(
             "p",
-            "For each condition, the ratio to the same victim alone on the same host. Intervals that do not overlap show "
-            "a difference between the hosts or the dates; those that do show none.",
+            "For each condition, the ratio to the same victim alone on the same host. Intervals that do not overlap "
+            "show a difference between the hosts or the dates; those that do prove nothing.",
             class_="note",
-        )
+        ),
     ]
     for (victim, isolation), plot, keys in plots:
         rows = [_ratio_row(those, key) for key in keys]
@@ -168,8 +171,16 @@ def _ratios(
     return parts
 
 
+def _told(those: Sequence[_One], keys: Sequence[_Key]) -> str:
+    every = [_apart([finding.ratio_of(_primary(one.conditions.get(key))) for one in those]) for key in keys]
+    known = [word for word in every if word != "–"]
+    if not known:
+        return "No condition has an interval on more than one side."
+    return f"Of {quantity.count(len(known), 'condition')} with intervals to compare, {known.count('apart')} differ."
+
+
 def _ratio_row(those: Sequence[_One], key: _Key) -> list[object]:
-    ratios = [_ratio(one.conditions.get(key)) for one in those]
+    ratios = [finding.ratio_of(_primary(one.conditions.get(key))) for one in those]
     cells = []
     for one, ratio in zip(those, ratios, strict=True):
         if key not in one.conditions:
@@ -195,7 +206,7 @@ def _alone(those: Sequence[_One]) -> list[Html]:
         for key in keys:
             if key[2] is not None:
                 continue
-            metrics = [finding.primary(one.conditions[key]) if key in one.conditions else None for one in those]
+            metrics = [_primary(one.conditions.get(key)) for one in those]
             names = [_metric(one.conditions[key]) for one in those if key in one.conditions]
             cells = [
                 "no data"
@@ -222,10 +233,8 @@ def _metric(condition: Mapping[str, Any]) -> str | None:
     return None if name is None else str(name)
 
 
-def _ratio(condition: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    metric = finding.primary(condition) if condition else None
-    ratio = (metric or {}).get("ratio")
-    return ratio if ratio and ratio.get("value") is not None else None
+def _primary(condition: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    return finding.primary(condition) if condition else None
 
 
 def _text(value: object) -> str:

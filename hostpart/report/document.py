@@ -11,7 +11,7 @@ import hashlib
 import os
 
 from .. import __version__
-from .markup import Html, element, join
+from .markup import Html, element
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

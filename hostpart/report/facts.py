@@ -181,7 +181,9 @@ def _mitigations(mitigations: object) -> str:
     # What the processor is not affected by fills half a page and tells nothing.
     told = [f"{name}: {text}" for name, text in mitigations.items() if text != "Not affected"]
     spared = len(mitigations) - len(told)
-    return "; ".join([*told, f"not affected by {spared} others" if told else f"not affected by any of {spared}"])
+    return "; ".join(
+        [*told, f"not affected by {quantity.count(spared, 'other')}" if told else f"not affected by any of {spared}"]
+    )
 
 
 def _versions(versions: Mapping[str, Any]) -> str:

@@ -1,16 +1,18 @@
 """The pictures, drawn with plotly from an analysis: each with a sentence that says what it shows, and with a table.
 
-Colours that depend on the reader's theme (text, grids) are left to ``style.css``. Those of the data are chosen here to be
-legible on white and on black; a placement has one colour, one dash and one mark on the whole page, so that none of the
-three is needed to tell it from another.
+Colours that depend on the reader's theme (text, grids) are left to ``style.css``. Those of the data are chosen here to
+be legible on white and on black; a placement has one colour, one dash and one mark on the whole page, so that none of
+the three is needed to tell it from another.
 """
 
 from __future__ import annotations
 
 import math
+import re
+from statistics import median
 
 from . import quantity
-from .finding import Group, cost, metric_words, primary
+from .finding import Group, cost, metric_words, primary, ratio_of, ratio_words
 from .markup import Html, element, inline_json, plain, table
 
 TYPE_CHECKING = False
@@ -35,14 +37,14 @@ __all__ = [
 ]
 
 ALONE = "#727a86"
-# Of about the same lightness, so that each has a contrast of 3 to 1 on white and on the dark page; told apart by dash and
-# mark too.
+# Of about the same lightness, so that each has a contrast of 3 to 1 on white and on the dark page; told apart by dash
+# and mark too.
 COLOURS = ("#d55e00", "#b5649b", "#0a7bc2", "#0a9068", "#a67900", "#8464d8", "#c04a5a", "#4d8c2b")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down")
 # From much better to much worse; blue and orange stay apart in every kind of colour blindness.
-HEAT = ("#2166ac", "#92c5de", "#f1f0ec", "#f4b26f", "#b35806")
-_HEAT_END = 2.0  # where the colours end: a quarter, or four times
+HEAT = ("#2166ac", "#92c5de", "#e9e8e4", "#f4b26f", "#b35806")
+_HEAT_END = math.log2(3)  # where the colours end
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 _PERCENTS = (0.0, 50.0, 90.0, 99.0, 99.9, 99.99, 99.999, 99.9999, 99.99999)
 _POINTS = 1500  # of a series that is drawn; one that is longer is drawn by the least and the most of each part
@@ -55,7 +57,7 @@ class Plot:
     :ivar name: its element's id
     :ivar sentence: what it shows, for those who do not see it
     :ivar figure: plotly's, as JSON
-    :ivar values: the table of what it shows
+    :ivar values: the table of what it shows; None: one stands beside it
     :ivar height: in CSS pixels
     :ivar least: the width below which it is scrolled and not made smaller, in CSS pixels
     :ivar most: the width that it has at most
@@ -66,7 +68,7 @@ class Plot:
         name: str,
         sentence: str,
         figure: Mapping[str, Any],
-        values: Html,
+        values: Html | None,
         *,
         height: int,
         least: int = 0,
@@ -79,25 +81,24 @@ class Plot:
     def html(self, caption: object = None) -> Html:
         """Return the figure with its caption, its data and its table."""
         size = f"height:{self.height}px" + (f";min-width:{self.least}px" if self.least else "")
+        picture = element(
+            "div",
+            class_=f"plot {self.kind}".strip(),
+            id=self.name,
+            role="img",
+            aria_label=self.sentence,
+            style=size,
+        )
         return element(
             "figure",
-            element("figcaption", caption) if caption else None,
             element(
                 "div",
-                element(
-                    "div",
-                    class_=f"plot {self.kind}".strip(),
-                    id=self.name,
-                    role="img",
-                    aria_label=self.sentence,
-                    style=size,
-                ),
-                class_="scroll picture",
-                role="region",
-                aria_label="picture",
+                element("figcaption", caption) if caption else None,
+                element("div", picture, class_="scroll", role="group", aria_label="picture"),
+                class_="picture",
             ),
             element("script", inline_json(self.figure), type="application/json", data_plot=self.name),
-            element("details", element("summary", "These values as a table"), self.values),
+            element("details", element("summary", "These values as a table"), self.values) if self.values else None,
             style=f"max-width:{self.most}px" if self.most else None,
         )
 
@@ -126,15 +127,18 @@ class Styles:
 
 
 def matrix(group: Group, name: str) -> Plot | None:
-    """Return the ratios of a group as a heat map: a row per placement, a column per aggressor; None where none is known.
+    """Return the ratios of a group as a heat map: a row per placement, a column per aggressor; None: none is known.
 
     In the colours, worse is orange whether the metric is to be high or low.
     """
     placements, aggressors = group.placements, group.aggressors
-    costs, hovers, notes, rows = [], [], [], []
+    costs: list[list[float | None]] = []
+    hovers: list[list[str]] = []
+    notes: list[dict[str, Any]] = []
     known = 0
     for placement in placements:
-        line, hover_line = [], []
+        line: list[float | None] = []
+        hover_line: list[str] = []
         for aggressor in aggressors:
             one = group.one(aggressor, placement)
             size = cost(primary(one)) if one else None
@@ -145,14 +149,12 @@ def matrix(group: Group, name: str) -> Plot | None:
             hover_line.append(text)
         costs.append(line)
         hovers.append(hover_line)
-    for placement in placements:
-        rows += [
-            _values_row(f"{aggressor}, {placement}", one)
-            for aggressor in aggressors
-            if (one := group.one(aggressor, placement))
-        ]
     if not known:
         return None
+    rows = [
+        [placement, *(_cell_words(group.one(aggressor, placement)) for aggressor in aggressors)]
+        for placement in placements
+    ]
     trace = {
         "type": "heatmap",
         "x": list(range(len(aggressors))),
@@ -168,8 +170,8 @@ def matrix(group: Group, name: str) -> Plot | None:
         "xgap": 3,
         "ygap": 3,
     }
-    axis = {"showgrid": False, "zeroline": False, "ticks": ""}
-    left = 14 + 7 * max(len(_shortened(placement)) for placement in placements)
+    axis = {"showgrid": False, "zeroline": False, "ticks": "", "ticklabelstandoff": 6}
+    left = 20 + 7 * max(len(_shortened(placement)) for placement in placements)
     layout = {
         "xaxis": {**axis, **_names(aggressors), "side": "top", "range": [-0.5, len(aggressors) - 0.5]},
         "yaxis": {**axis, **_names(placements), "range": [len(placements) - 0.5, -0.5]},
@@ -178,10 +180,11 @@ def matrix(group: Group, name: str) -> Plot | None:
     }
     best, worst = _extremes(group)
     sentence = (
-        f"Heat map of {group.victim}'s {metric_words(group.metric)} beside each aggressor at each placement, as a ratio to "
-        f"what it is alone, at isolation {group.isolation}. The worst is {worst}, the best {best}."
+        f"Heat map of {group.victim}'s {metric_words(group.metric)} beside each aggressor at each placement, as a "
+        f"ratio to what it is alone, at isolation {group.isolation}. The worst is {worst}, the best {best}."
     )
-    values = table(_VALUE_HEADERS, rows, caption=f"{group.victim}, {group.isolation}: ratio to alone")
+    words = f"{group.victim}, {group.isolation}: {metric_words(group.metric)} as a ratio to alone"
+    values = table(["placement", *aggressors], rows, caption=words)
     return Plot(
         name,
         sentence,
@@ -199,9 +202,7 @@ def _extremes(group: Group) -> tuple[str, str]:
     known.sort(key=lambda one: one[0])
     told = []
     for _, one in (known[0], known[-1]):
-        metric = primary(one)
-        assert metric is not None
-        value, bounds = quantity.ratio(metric["ratio"]["value"], metric["ratio"].get("ci"))
+        value, bounds = ratio_words(one)
         told.append(f"{value} {bounds} beside {one['aggressor']} at {one['placement']}")
     return told[0], told[1]
 
@@ -215,8 +216,8 @@ def _cell(one: Mapping[str, Any] | None) -> tuple[str, list[str]]:
     if metric is None:
         return f"{head}<br>no run told it", ["no data"]
     absolute = f"{quantity.interval(metric['median'], metric.get('ci'), metric['unit'])}, n = {metric['n']}"
-    ratio = metric.get("ratio")
-    if not ratio:
+    ratio = ratio_of(metric)
+    if ratio is None:
         return f"{head}<br>{_safe(absolute)}<br>no run alone to compare with", ["no ratio"]
     value, bounds = quantity.ratio(ratio["value"], ratio.get("ci"))
     difference = _difference(ratio)
@@ -224,6 +225,10 @@ def _cell(one: Mapping[str, Any] | None) -> tuple[str, list[str]]:
     hover = [head, f"ratio {value} {bounds}: {difference}", _safe(absolute)]
     hover += [_verdict_words(one)] if unheld else []
     return "<br>".join(hover), [f"<b>{value}</b>{' †' if unheld else ''}", bounds, difference]
+
+
+def _cell_words(one: Mapping[str, Any] | None) -> str:
+    return re.sub("<[^>]*>", "", " ".join(_cell(one)[1])) or "not planned"
 
 
 def _difference(ratio: Mapping[str, Any]) -> str:
@@ -308,12 +313,12 @@ def processes(group: Group, styles: Styles, name: str) -> Plot | None:
             dots["text"].append(f"{_safe(label)}, one process<br>{quantity.span(value, unit)}")
             dots["color"].append(colour)
         low, high = metric.get("ci") or (None, None)
-        median = metric["median"]
-        told = quantity.interval(median, metric.get("ci"), unit)
-        medians["x"].append(median * scale.factor)
+        middle = metric["median"]
+        told = quantity.interval(middle, metric.get("ci"), unit)
+        medians["x"].append(middle * scale.factor)
         medians["y"].append(row - 0.12)
-        medians["more"].append(0 if high is None else (high - median) * scale.factor)
-        medians["less"].append(0 if low is None else (median - low) * scale.factor)
+        medians["more"].append(0 if high is None else (high - middle) * scale.factor)
+        medians["less"].append(0 if low is None else (middle - low) * scale.factor)
         medians["text"].append(f"<b>{_safe(label)}</b><br>median {told}, n = {metric['n']}")
         medians["color"].append(colour)
         medians["symbol"].append(styles.symbol(placement))
@@ -390,10 +395,10 @@ def _alone_lines(shown: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], s
 
 def distributions(group: Group, styles: Styles, name: str) -> list[tuple[str, Plot]]:
     """Return the histograms of a group, a picture for each histogram and aggressor: words for it, and the picture."""
-    found = []
+    found: list[tuple[str, Plot]] = []
     names = dict.fromkeys(histogram for one in group.every for histogram in one.get("histograms") or ())
     for histogram in names:
-        for aggressor in group.aggressors or [None]:
+        for aggressor in _beside(group):
             shown = [
                 (one, one["histograms"][histogram])
                 for one in group.every
@@ -417,7 +422,11 @@ def _distribution(
     name: str,
 ) -> Plot:
     unit = str(shown[0][1]["unit"])
-    traces, rows, tops, bottoms, furthest = [], [], [], [], 2.0
+    traces: list[dict[str, Any]] = []
+    rows: list[list[str]] = []
+    tops: list[float] = []
+    bottoms: list[float] = []
+    furthest = 2.0
     for one, histogram in shown:
         placement = str(one["placement"])
         points = _quantiles(histogram)
@@ -454,7 +463,7 @@ def _distribution(
     layout = {
         "xaxis": {
             "type": "log",
-            "title": {"text": "share of all, by how long they took"},
+            "title": {"text": "percentile"},
             "tickvals": [1 / (1 - percent / 100) for percent in ticks],
             "ticktext": [f"{percent:.7g} %" for percent in ticks],
             "range": [0, math.log10(furthest) * 1.02],
@@ -466,7 +475,7 @@ def _distribution(
         },
         "showlegend": True,
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "xanchor": "left"},
-        "margin": {"l": 58, "r": 12, "t": 30 + 20 * math.ceil(len(shown) / 2), "b": 46},
+        "margin": {"l": 62, "r": 14, "t": 10, "b": 46},  # the legend makes its own room
     }
     worst = max(shown, key=lambda one: one[1].get("p99") or 0)
     sentence = (
@@ -480,9 +489,14 @@ def _distribution(
         sentence,
         _figure(traces, layout),
         table(["condition", "count", "p50", "p99", "p99.9", "longest"], rows, caption=f"{group.victim}: {words}"),
-        height=340 + 20 * math.ceil(len(shown) / 2),
+        height=400,
         most=760,
     )
+
+
+# What the alone runs are shown with: each aggressor in its turn; or nothing, where there is none.
+def _beside(group: Group) -> list[str | None]:
+    return [*group.aggressors] or [None]
 
 
 # For the buckets in order: 1 / (the share that is longer), and the value that the others do not exceed. The last is the
@@ -517,10 +531,10 @@ def noise(group: Group, styles: Styles, name: str) -> list[tuple[str, Plot]]:
 
     Each condition has a strip of its own; all have the same scale.
     """
-    found = []
+    found: list[tuple[str, Plot]] = []
     names = dict.fromkeys(series for one in group.every for series in one.get("series") or ())
     for series in names:
-        for aggressor in group.aggressors or [None]:
+        for aggressor in _beside(group):
             shown = [
                 (one, one["series"][series])
                 for one in group.every
@@ -531,7 +545,7 @@ def noise(group: Group, styles: Styles, name: str) -> list[tuple[str, Plot]]:
             if shown:
                 words = metric_words(series)
                 beside = f"{words} beside {aggressor}" if aggressor else f"{words} alone"
-                found.append((beside, _strips(group, styles, shown, words, beside, f"{name}-{len(found)}")))
+                found.append(_strips(group, styles, shown, beside, f"{name}-{len(found)}"))
     return found
 
 
@@ -539,10 +553,9 @@ def _strips(
     group: Group,
     styles: Styles,
     shown: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
-    words: str,
     beside: str,
     name: str,
-) -> Plot:
+) -> tuple[str, Plot]:
     unit = str(shown[0][1]["unit"])
     every = [value for _, series in shown for value in series["values"] if value is not None]
     scale = quantity.scale(every, unit)
@@ -552,16 +565,21 @@ def _strips(
     layout: dict[str, Any] = {
         "margin": {"l": 52, "r": 10, "t": 24, "b": 44},
         "annotations": [],
-        "xaxis": {"title": {"text": "time, s"}, "anchor": f"y{len(shown)}" if len(shown) > 1 else "y"},
+        "xaxis": {
+            "title": {"text": "time, s"},
+            "zeroline": False,
+            "anchor": f"y{len(shown)}" if len(shown) > 1 else "y",
+        },
     }
     traces, rows = [], []
-    share, gap = 1 / len(shown), 0.34 / len(shown)
+    # Strips of one height, with room above each for its name.
+    strip = 1 / (len(shown) + 0.4 * (len(shown) - 1))
     for row, (one, series) in enumerate(shown):
         placement = str(one["placement"])
-        top = 1 - row * share
+        top = 1 - 1.4 * row * strip
         axis = "y" if row == 0 else f"y{row + 1}"
         layout[axis.replace("y", "yaxis")] = {
-            "domain": [max(0.0, top - share + gap * (row < len(shown) - 1)), top],
+            "domain": [max(0.0, top - strip), top],
             "range": [least - room, most + room],
             "nticks": 3,
             "zeroline": False,
@@ -579,13 +597,13 @@ def _strips(
                 "font": {"size": 12},
             }
         )
-        times, values = _thinned(series["t_s"], series["values"])
+        times, drawn = _thinned(series["t_s"], series["values"])
         traces.append(
             {
                 "type": "scatter",
-                "mode": "lines+markers" if len(values) <= 60 else "lines",
+                "mode": "lines+markers" if len(drawn) <= 60 else "lines",
                 "x": times,
-                "y": [None if value is None else value * scale.factor for value in values],
+                "y": [None if value is None else value * scale.factor for value in drawn],
                 "yaxis": axis,
                 "line": {**styles.line(placement), "dash": "solid", "width": 1.5},
                 "marker": {"size": 4, "symbol": styles.symbol(placement)},
@@ -594,7 +612,7 @@ def _strips(
                     ""
                     if value is None
                     else f"<b>{_safe(placement)}</b>, at {time:.4g} s<br>{quantity.span(value, unit)}"
-                    for time, value in zip(times, values, strict=True)
+                    for time, value in zip(times, drawn, strict=True)
                 ],
             }
         )
@@ -606,13 +624,9 @@ def _strips(
         f"{quantity.count(len(shown), 'condition')}, between {quantity.span(min(every), unit)} and "
         f"{quantity.span(max(every), unit)}."
     )
-    return Plot(
-        name,
-        sentence,
-        _figure(traces, layout),
-        table(["condition", "slices", "least", "median", "most"], rows, caption=f"{group.victim}: {beside}"),
-        height=70 + 84 * len(shown),
-    )
+    values = table(["condition", "slices", "least", "median", "most"], rows, caption=f"{group.victim}: {beside}")
+    plot = Plot(name, sentence, _figure(traces, layout), values, height=70 + 84 * len(shown))
+    return f"{beside}{f', in {scale.unit}' if scale.unit else ''}", plot
 
 
 # A series of at most _POINTS values: the least and the most of each part, at their times, so that no spike is lost.
@@ -667,31 +681,38 @@ def drift(group: Group, runs: Sequence[Mapping[str, Any]], name: str) -> Plot | 
     }
     ends = (quantity.span(min(values), unit), quantity.span(max(values), unit))
     sentence = (
-        f"{words.capitalize()} of {group.victim} alone at isolation {group.isolation} in {len(found)} runs, in the order "
-        f"in which they were made: between {ends[0]} and {ends[1]}."
+        f"{words.capitalize()} of {group.victim} alone at isolation {group.isolation} in {len(found)} runs, in the "
+        f"order in which they were made: between {ends[0]} and {ends[1]}."
     )
+    # By the block: a line for each run would be the longest table of the page, and tell no more.
+    blocks: dict[int, list[float]] = {}
+    for (run, _), value in zip(found, values, strict=True):
+        blocks.setdefault(int(run.get("block") or 0), []).append(value)
     rows = [
-        [str(run["run"]), run["started"], quantity.span(value, unit)]
-        for (run, _), value in zip(found, values, strict=True)
+        [str(block), str(len(those)), *(quantity.span(one, unit) for one in (min(those), median(those), max(those)))]
+        for block, those in blocks.items()
     ]
-    values_table = table(["run", "started", words], rows, caption=f"{group.victim} alone")
-    return Plot(name, sentence, _figure([trace], layout), values_table, height=230)
+    table_of = table(["block", "runs", "least", "median", "most"], rows, caption=f"{group.victim} alone: {words}")
+    return Plot(name, sentence, _figure([trace], layout), table_of, height=230)
 
 
 def compared(
-    title: str, rows: Sequence[tuple[str, Sequence[Mapping[str, Any] | None]]], letters: Sequence[str], name: str
+    title: str,
+    rows: Sequence[tuple[Mapping[str, Any], Sequence[Mapping[str, Any] | None]]],
+    letters: Sequence[str],
+    name: str,
 ) -> Plot | None:
     """Return the ratios of several experiments side by side; None where none of them has any.
 
     :param title: of what
-    :param rows: for each condition its label, and its ratio in each experiment
+    :param rows: each condition, and its ratio in each experiment
     :param letters: the experiments' names
     """
     traces: list[dict[str, Any]] = []
     extremes: list[float] = []
     for place, letter in enumerate(letters):
-        points = [(row, label, ratios[place]) for row, (label, ratios) in enumerate(rows) if ratios[place]]
-        known = [(row, label, ratio) for row, label, ratio in points if ratio and ratio["value"] > 0]
+        points = [(row, _label(one), ratios[place]) for row, (one, ratios) in enumerate(rows)]
+        known = [(row, label, ratio) for row, label, ratio in points if ratio]
         if not known:
             continue
         offset = (place - (len(letters) - 1) / 2) * 0.6 / max(len(letters), 1)
@@ -720,14 +741,12 @@ def compared(
                 },
                 "hoverinfo": "text",
                 "hovertext": [
-                    f"<b>{_safe(letter)}</b>: {_safe(label)}<br>ratio {' '.join(quantity.ratio(ratio['value'], ratio.get('ci')))}"
-                    for _, label, ratio in known
+                    f"<b>{_safe(letter)}</b>: {_safe(label)}<br>ratio {_both(ratio)}" for _, label, ratio in known
                 ],
             }
         )
     if not traces:
         return None
-    labels = [label for label, _ in rows]
     far = min(extremes) > 0 and max(extremes) / min(extremes) > 4
     line = {"color": ALONE, "width": 1, "dash": "dot"}
     layout = {
@@ -737,7 +756,7 @@ def compared(
             **({"type": "log", "dtick": "D2"} if far else {}),
         },
         "yaxis": {
-            **_names([_broken(label) for label in labels], safe=True),
+            **_names([_two_lines(one) for one, _ in rows], safe=True),
             "range": [len(rows) - 0.5, -0.5],
             "zeroline": False,
             "showgrid": False,
@@ -745,18 +764,17 @@ def compared(
         "shapes": [{"type": "line", "x0": 1, "x1": 1, "y0": 0, "y1": 1, "yref": "paper", "line": line}],
         "showlegend": True,
         "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "xanchor": "left"},
-        "margin": {"l": _left(labels), "r": 10, "t": 34, "b": 46},
+        "margin": {"l": _left([_label(one) for one, _ in rows]), "r": 10, "t": 34, "b": 46},
     }
     sentence = (
         f"{title}: the ratio to alone with its interval for {quantity.count(len(rows), 'condition')}, in each of "
         f"{', '.join(letters)}."
     )
-    body = [
-        [label, *("–" if not ratio else " ".join(quantity.ratio(ratio["value"], ratio.get("ci"))) for ratio in ratios)]
-        for label, ratios in rows
-    ]
-    values = table(["condition", *letters], body, caption=title)
-    return Plot(name, sentence, _figure(traces, layout), values, height=90 + 46 * len(rows))
+    return Plot(name, sentence, _figure(traces, layout), None, height=90 + 46 * len(rows))
+
+
+def _both(ratio: Mapping[str, Any]) -> str:
+    return " ".join(quantity.ratio(ratio["value"], ratio.get("ci")))
 
 
 def _ends(ratio: Mapping[str, Any]) -> tuple[float, float]:
@@ -773,13 +791,13 @@ def _values_row(label: str, one: Mapping[str, Any]) -> list[str]:
     if metric is None:
         return [label, "no data", "0", "–", "–", "–", ""]
     unit = str(metric["unit"])
-    ratio = metric.get("ratio")
+    ratio = ratio_of(metric)
     return [
         label,
         quantity.interval(metric["median"], metric.get("ci"), unit),
         str(metric["n"]),
         *("–" if metric.get(end) is None else quantity.span(metric[end], unit) for end in ("min", "max")),
-        " ".join(quantity.ratio(ratio["value"], ratio.get("ci"))) if ratio else "–",
+        _both(ratio) if ratio else "–",
         _difference(ratio) if ratio else "",
     ]
 
@@ -791,11 +809,8 @@ def _label(one: Mapping[str, Any]) -> str:
 def _two_lines(one: Mapping[str, Any]) -> str:
     if one.get("aggressor") is None:
         return "alone"
-    return f"{_safe(_shortened(one['placement']))}<br><span style='font-size:11px'>{_safe(_shortened(one['aggressor']))}</span>"
-
-
-def _broken(label: str) -> str:
-    return "<br>".join(_safe(_shortened(part)) for part in label.split(", "))
+    placement, aggressor = (_safe(_shortened(one[name])) for name in ("placement", "aggressor"))
+    return f"{placement}<br><span style='font-size:11px'>{aggressor}</span>"
 
 
 def _left(labels: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ The figures are the analysis's; nothing is computed here but which of them to te
 from __future__ import annotations
 
 import math
+import re
 
 from . import quantity
 from .markup import Html, element, join
@@ -23,6 +24,8 @@ __all__ = [
     "meaning",
     "metric_words",
     "primary",
+    "ratio_of",
+    "ratio_words",
     "sentences",
     "where",
 ]
@@ -80,7 +83,7 @@ class Group:
 
 
 def groups(analysis: Mapping[str, Any]) -> list[Group]:
-    """Return the analysis's conditions by victim and isolation level, in the plan's order."""
+    """Return the analysis's conditions by victim and isolation level: a victim's levels one after the other."""
     found: dict[tuple[str, str], Group] = {}
     for one in analysis["conditions"]:
         key = (str(one["victim"]), str(one["isolation"]))
@@ -90,7 +93,8 @@ def groups(analysis: Mapping[str, Any]) -> list[Group]:
             group.alone = group.alone or one
         else:
             group.conditions.append(one)
-    return list(found.values())
+    victims = list(dict.fromkeys(victim for victim, _ in found))
+    return sorted(found.values(), key=lambda group: victims.index(group.victim))
 
 
 def primary(condition: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -100,16 +104,34 @@ def primary(condition: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def cost(metric: Mapping[str, Any] | None) -> float | None:
-    """Return the logarithm to base 2 of the metric's ratio, positive for worse; None where there is no ratio."""
-    ratio = (metric or {}).get("ratio")
-    if not metric or not ratio or not ratio.get("value") or ratio["value"] <= 0:
+    """Return the logarithm to base 2 of the metric's ratio, positive for worse; None where there is no ratio.
+
+    That of 0 is infinite.
+    """
+    ratio = ratio_of(metric)
+    if metric is None or ratio is None or ratio["value"] < 0:
         return None
-    return math.log2(ratio["value"]) * (-1 if metric.get("better") == "higher" else 1)
+    size = math.log2(ratio["value"]) if ratio["value"] else -math.inf
+    return -size if metric.get("better") == "higher" else size
+
+
+def ratio_of(metric: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Return the metric's ratio to alone; None where it has none."""
+    ratio = (metric or {}).get("ratio")
+    return ratio if ratio and ratio.get("value") is not None else None
+
+
+def ratio_words(condition: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the ratio of the condition's primary metric and its interval as text; two dashes where there is none."""
+    ratio = ratio_of(primary(condition))
+    return quantity.ratio(ratio["value"], ratio.get("ci")) if ratio else ("–", "–")
 
 
 def metric_words(name: str | None) -> str:
     """Return a metric's name as words: ``latency p99.9``."""
-    return (name or "").replace("p99_99", "p99.99").replace("p99_9", "p99.9").replace("_", " ")
+    if name == "wall":
+        return "wall time"
+    return re.sub(r"(p[0-9]+)_([0-9]+)", r"\1.\2", name or "").replace("_", " ")
 
 
 def where(placement: str) -> str:
@@ -167,35 +189,30 @@ def _sentence(group: Group, design: Mapping[str, Any], *, several: bool) -> Html
     worst = max(compared, key=_weight)
     if not _weight(worst)[0]:
         return _unharmed(victim, level, group, compared)
-    metric = primary(worst)
-    assert metric is not None
-    value, bounds = quantity.ratio(metric["ratio"]["value"], metric["ratio"].get("ci"))
+    metric = primary(worst) or {}
+    value, bounds = ratio_words(worst)
     name = metric_words(group.metric)
-    told: list[object] = ["Beside ", *_aggressor(worst, design), f" {where(worst['placement'])}, ", victim, level]
+    told: list[object] = ["Beside ", *_aggressor(worst, design), f" {where(worst['placement'])}, "]
     if metric.get("better") == "higher":
-        told += [" reached ", _figure(value, bounds), f" of the {name} that it has alone"]
+        told += [victim, level, " reached ", _figure(value, bounds), f" of the {name} that it has alone"]
     else:
-        told += [f" took a {name} of ", _figure(value, bounds), " times what it is alone"]
+        told += [f"the {name} of ", victim, level, " was ", _figure(value, bounds), " times what it is alone"]
     rest = [one for one in compared if one["aggressor"] == worst["aggressor"] and one is not worst]
     gentle = min(rest, key=lambda one: abs(cost(primary(one)) or 0.0), default=None)
     if gentle is not None and _weight(gentle) < _weight(worst):
-        other = primary(gentle)
-        assert other is not None
-        text = quantity.ratio(other["ratio"]["value"], other["ratio"].get("ci"))
         it = "them" if _count(worst, design) > 1 else "it"
-        told += [f"; with {it} {where(gentle['placement'])}, ", _figure(*text)]
+        told += [f"; with {it} {where(gentle['placement'])}, ", _figure(*ratio_words(gentle))]
     return join([*told, "."])
 
 
 def _unharmed(victim: Html, level: str, group: Group, compared: Sequence[Mapping[str, Any]]) -> Html:
-    ratios = sorted(metric["ratio"]["value"] for one in compared if (metric := primary(one)))
+    ratios = sorted(float(ratio["value"]) for one in compared if (ratio := ratio_of(primary(one))))
     low, high = (quantity.ratio(value, None)[0] for value in (ratios[0], ratios[-1]))
     spread = low if low == high else f"{low} to {high}"
     what = quantity.count(len(compared), "condition")
-    return join(
-        [victim, f"{level}: none of {what} made its {metric_words(group.metric)} worse, as far as these runs can tell"]
-        + [f" (ratio {spread})."]
-    )
+    name = metric_words(group.metric)
+    told = f"{level}: none of {what} made its {name} worse, as far as these runs can tell (ratio {spread})."
+    return join([victim, told])
 
 
 def _figure(value: str, bounds: str) -> Html:
@@ -210,5 +227,4 @@ def _aggressor(condition: Mapping[str, Any], design: Mapping[str, Any]) -> Itera
 
 def _count(condition: Mapping[str, Any], design: Mapping[str, Any]) -> int:
     name = condition["aggressor"]
-    found = next((one for one in design.get("aggressors") or () if one.get("name") == name), {})
-    return int(found.get("count") or 1)
+    return next((int(one.get("count") or 1) for one in design.get("aggressors") or () if one.get("name") == name), 1)

@@ -45,8 +45,8 @@ def element(name: str, /, *children: object, **attributes: object) -> Html:
     for key, value in attributes.items():
         if value is None or value is False:
             continue
-        key = key.rstrip("_").replace("_", "-")
-        parts.append(key if value is True else f'{key}="{html.escape(plain(value))}"')
+        written = key.rstrip("_").replace("_", "-")
+        parts.append(written if value is True else f'{written}="{html.escape(plain(value))}"')
     start = f"<{' '.join(parts)}>"
     return Html(start if name in _VOID else f"{start}{join(children)}</{name}>")
 
@@ -93,7 +93,7 @@ def table(
             element("tbody", *body),
         ),
         class_="scroll",
-        role="region",
+        role="group",
         aria_label=label or (str(caption) if caption else "table"),
     )
 

@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  const PAPER = 660; // CSS pixels that fit on a page of A4 or Letter
+  const PAPER = 660, COLUMN = 310; // CSS pixels that fit on a page of A4 or Letter, and on half of it
   const config = { displayModeBar: false, responsive: true, doubleClick: false, showTips: false };
   const figures = [...document.querySelectorAll("script[data-plot]")];
   const drawn = [];
@@ -30,7 +30,10 @@
     if (before) return;
     before = [...document.querySelectorAll("details:not([open])")];
     for (const one of before) one.open = true;
-    for (const place of drawn) Plotly.relayout(place, { autosize: false, width: Math.min(PAPER, place.offsetWidth || PAPER) });
+    for (const place of drawn) {
+      const room = place.closest(".narrow") ? COLUMN : PAPER;
+      Plotly.relayout(place, { autosize: false, width: Math.min(room, place.offsetWidth || room) });
+    }
   }
   function toScreen() {
     if (!before) return;

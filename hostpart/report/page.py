@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from ..experiment.results import Results
     from .figures import Plot
 
-__all__ = ["alarms", "report", "scale"]
+__all__ = ["alarms", "facts_table", "report", "scale", "told_first"]
 
 _VERDICTS = ("held", "tainted", "broken", "none")
+_FOLDED = 5  # warnings
 
 
 def report(results: Results, analysis: Mapping[str, Any]) -> str:
@@ -32,8 +33,7 @@ def report(results: Results, analysis: Mapping[str, Any]) -> str:
 
 def alarms(results: Results, analysis: Mapping[str, Any]) -> list[str]:
     """Return what speaks against the figures, a sentence each; empty if nothing does."""
-    told = [str(text) for text in analysis.get("warnings") or ()]
-    told += [str(one["warning"]) for one in analysis.get("drift") or () if one.get("warning")]
+    told = []
     verdicts = _verdicts(analysis)
     if bad := {name: verdicts[name] for name in ("broken", "tainted") if verdicts[name]}:
         words = " and ".join(f"{many} {name}" for name, many in bad.items())
@@ -45,11 +45,26 @@ def alarms(results: Results, analysis: Mapping[str, Any]) -> list[str]:
     if lacking := sum(max(int(one["planned"]) - int(one["done"]), 0) for one in analysis.get("missing") or ()):
         planned = sum(int(one.get("planned") or 0) for one in analysis["conditions"])
         told.append(f"{lacking} of {quantity.count(planned, 'planned run')} are missing or failed.")
-    if results.damaged:
-        told.append(f"{quantity.count(results.damaged, 'line')} of the directory's files could not be read.")
     if not results.sessions:
         told.append("The host's facts are missing: no start was noted.")
-    return list(dict.fromkeys(told))
+    more = [str(one["warning"]) for one in analysis.get("drift") or () if one.get("warning")]
+    more += map(str, analysis.get("warnings") or ())
+    return [*told, *dict.fromkeys(_without_ids(text, analysis) for text in more)]
+
+
+# A warning is led by the condition's id; its words are easier to read.
+def _without_ids(text: str, analysis: Mapping[str, Any]) -> str:
+    name, colon, rest = text.partition(": ")
+    return f"{_id_words(analysis, name)}{colon}{rest}"
+
+
+def told_first(told: Sequence[object]) -> Html:
+    """Return what speaks against the figures as a list; of a long one, the end is folded."""
+    items = [element("li", text) for text in told]
+    shown = items if len(items) <= _FOLDED else items[: _FOLDED - 1]
+    rest = items[len(shown) :]
+    folded = element("details", element("summary", f"{len(rest)} more"), element("ul", *rest)) if rest else None
+    return join([element("ul", *shown), folded])
 
 
 def scale() -> Html:
@@ -57,9 +72,9 @@ def scale() -> Html:
     stops = ", ".join(figures.HEAT)
     return element(
         "p",
-        "much better, 4 times",
+        "better by 3 times or more",
         element("i", style=f"background:linear-gradient(to right, {stops})", aria_hidden="true"),
-        "much worse, a quarter",
+        "worse by 3 times or more",
         class_="scale",
     )
 
@@ -111,17 +126,20 @@ class _Page:
         told = alarms(self.results, self.analysis)
         if not told:
             runs = quantity.count(sum(_verdicts(self.analysis).values()), "run")
-            return element("p", f"Nothing speaks against these figures: the partition held in {runs}, the runs alone did "
-                           "not drift, and no run is missing.", class_="good")  # fmt: skip
+            text = (
+                f"Nothing speaks against these figures: the partition held in {runs}, the runs alone did not drift, "
+                "and no run is missing."
+            )
+            return element("p", text, class_="good")
         links = [
-            join([element("a", text, href=f"#{name}"), "\u2002"])
+            element("a", text, href=f"#{name}")
             for name, text in (("evidence", "evidence"), ("drift", "drift"), ("missing", "what is missing"))
         ]
         return element(
             "aside",
             element("h2", "Read this first", id="first-title"),
-            element("ul", *(element("li", text) for text in told)),
-            element("p", "More: ", *links),
+            told_first(told),
+            element("p", "More: ", join(links, ", "), "."),
             class_="warning",
             aria_labelledby="first-title",
         )
@@ -133,9 +151,11 @@ class _Page:
         return plot.html(caption)
 
     def title(self, group: finding.Group) -> Html:
+        return element("h3", self.named(group))
+
+    def named(self, group: finding.Group) -> str:
         levels = {one.isolation for one in self.groups}
-        level = f", {group.isolation}" if len(levels) > 1 else ""
-        return element("h3", group.victim, level)
+        return f"{group.victim}, {group.isolation}" if len(levels) > 1 else group.victim
 
     def findings(self) -> Section:
         lead = element("p", finding.headline(self.analysis, self.design), class_="lead")
@@ -145,6 +165,7 @@ class _Page:
         if others:
             parts.append(element("ul", *(element("li", text) for text in others), class_="found"))
         drawn = []
+        narrow = all(len(group.aggressors) <= 2 for group in self.groups)
         for group in self.groups:
             plot = figures.matrix(group, f"matrix-{group.number}")
             caption = join([finding.metric_words(group.metric), " as a ratio to alone", self.alone(group)])
@@ -154,13 +175,19 @@ class _Page:
         known = f"{100 * confidence:g} % " if confidence else ""
         note = element(
             "p",
-            f"Each cell: the ratio to the same victim alone, its {known}interval, and whether the difference can be told "
-            "from chance. Orange is worse and blue is better, whatever the metric. † marks cells with runs in which the "
-            "partition did not hold.",
+            f"Each cell: the ratio to the same victim alone, its {known}interval, and whether the difference can be "
+            "told from chance. Orange is worse and blue is better, whatever the metric. † marks cells with runs in "
+            "which the partition did not hold.",
             class_="note",
         )
         return Section(
-            "findings", "What was found", "Findings", *parts, note, scale(), element("div", *drawn, class_="pair")
+            "findings",
+            "What was found",
+            "Findings",
+            *parts,
+            note,
+            scale(),
+            element("div", *drawn, class_=f"pair{' narrow' * narrow}"),
         )
 
     def alone(self, group: finding.Group) -> str:
@@ -191,21 +218,22 @@ class _Page:
 
     def metrics(self, group: finding.Group) -> Html | None:
         rows = []
+        if {name for one in group.every for name in one.get("metrics") or ()} <= {group.metric}:
+            return None  # the picture's own table has them
         for one in group.every:
             for name, metric in (one.get("metrics") or {}).items():
                 if metric.get("median") is None:
                     continue
-                ratio = metric.get("ratio") or {}
-                known = ratio.get("value") is not None
+                ratio = finding.ratio_of(metric) or {}
                 rows.append(
                     [
                         "alone" if one.get("aggressor") is None else f"{one['aggressor']}, {one['placement']}",
                         finding.metric_words(name),
                         quantity.interval(metric["median"], metric.get("ci"), str(metric["unit"])),
                         str(metric["n"]),
-                        " ".join(quantity.ratio(ratio["value"], ratio.get("ci"))) if known else "–",
+                        " ".join(quantity.ratio(ratio["value"], ratio.get("ci"))) if ratio else "–",
                         _chance(ratio.get("p_holm")),
-                        {True: "yes", False: "no"}.get(ratio.get("apart"), "–") if known else "–",
+                        "–" if ratio.get("apart") is None else "yes" if ratio["apart"] else "no",
                     ]
                 )
         if not rows:
@@ -217,17 +245,17 @@ class _Page:
         return element("details", element("summary", "Every metric as a table"), table(headers, rows, caption=label))
 
     def distributions(self) -> Section:
-        body = self.per_group(figures.distributions, "distribution", "No histogram was kept of it.")
+        body = self.per_group(figures.distributions, "distribution", "No histogram was kept of")
         note = element(
             "p",
-            "All processes of a condition together. Left to right, an ever smaller share of all: at 99 %, one in a hundred "
-            "took longer than the line's height. Both scales are logarithmic.",
+            "All processes of a condition together. Left to right, an ever smaller share of all: at 99 %, one in a "
+            "hundred took longer than the line's height. Both scales are logarithmic.",
             class_="note",
         )
         return Section("distributions", "Latency distributions", "Latencies", note, *body)
 
     def noise(self) -> Section:
-        body = self.per_group(figures.noise, "noise", "No time series was kept of it.")
+        body = self.per_group(figures.noise, "noise", "No time series was kept of")
         note = element(
             "p", "One typical process of each condition: the one with the median of the primary metric.", class_="note"
         )
@@ -239,12 +267,16 @@ class _Page:
         name: str,
         without: str,
     ) -> list[Html]:
-        found = []
+        found, empty = [], []
         for group in self.groups:
             plots = drawn(group, self.styles, f"{name}-{group.number}")
             bodies = [self.plot(plot, words) for words, plot in plots]
-            content = element("div", *bodies, class_="pair") if bodies else element("p", without, class_="missing")
-            found += [self.title(group), content]
+            if bodies:
+                found += [self.title(group), element("div", *bodies, class_="pair")]
+            else:
+                empty.append(self.named(group))
+        if empty:
+            found.append(element("p", f"{without}: {'; '.join(empty)}.", class_="missing"))
         return found
 
     def evidence(self) -> Section:
@@ -277,8 +309,8 @@ class _Page:
             every = element("details", element("summary", "Every condition as a table"), body)
         note = element(
             "p",
-            "Held: the kernel's figures show that the victim was where it was put, and nothing foreign with it. Tainted: "
-            "that could not be ruled out. Broken: something was seen that must not be.",
+            "Held: the kernel's figures show that the victim was where it was put, and nothing foreign with it. "
+            "Tainted: that could not be ruled out. Broken: something was seen that must not be.",
             class_="note",
         )
         return Section("evidence", "Did the partition hold?", "Evidence", element("p", lead), note, shown, every)
