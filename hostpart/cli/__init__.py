@@ -28,6 +28,7 @@ COMMANDS = {
     "resume": "let a paused VM run again",
     "stop": "end a VM and free its pCPUs",
     "audit": "check from outside that every VM is where it should be",
+    "report": "write an experiment's results into one file of HTML",
     "restore": "end what killed hostpart left behind; put the host back",
     "systemd-unit": "print the unit that launches a scenario at boot",
     "completion": "print a shell's completion script",
