@@ -20,7 +20,8 @@ _EPILOG = """\
 The file holds all that it shows and loads nothing: mail it, put it on a phone, print it. An experiment that was stopped
 half-way has a report too; it says what is missing.
 
-Exit status: 0 written, 1 it cannot be written, 2 DIR is no experiment's directory, or what the report needs is not installed.
+Exit status: 0 written, 1 it cannot be written, 2 DIR is no experiment's directory, or what the report needs is not
+installed.
 
 Examples:
   hostpart report results

@@ -310,11 +310,11 @@ def processes(group: Group, styles: Styles, name: str) -> Plot | None:
             dots["x"].append(value * scale.factor)
             # Side by side, so that equal ones are seen.
             dots["y"].append(row + 0.24 + 0.07 * (place % 3 - 1))
-            dots["text"].append(f"{_safe(label)}, one process<br>{quantity.span(value, unit)}")
+            dots["text"].append(f"{_safe(label)}, one process<br>{_span(value, unit)}")
             dots["color"].append(colour)
         low, high = metric.get("ci") or (None, None)
         middle = metric["median"]
-        told = quantity.interval(middle, metric.get("ci"), unit)
+        told = _safe(quantity.interval(middle, metric.get("ci"), unit))
         medians["x"].append(middle * scale.factor)
         medians["y"].append(row - 0.12)
         medians["more"].append(0 if high is None else (high - middle) * scale.factor)
@@ -445,7 +445,7 @@ def _distribution(
                 "line": {**styles.line(placement), "shape": "hv"},
                 "hoverinfo": "text",
                 "hovertext": [
-                    f"<b>{_safe(placement)}</b><br>{_percent_at(x)} take at most {quantity.span(value, unit)}"
+                    f"<b>{_safe(placement)}</b><br>{_percent_at(x)} take at most {_span(value, unit)}"
                     for x, value in points
                 ],
             }
@@ -471,7 +471,7 @@ def _distribution(
         "yaxis": {
             "type": "log",
             "tickvals": [10.0**power for power in decades],
-            "ticktext": [quantity.span(10.0**power, unit) for power in decades],
+            "ticktext": [_span(10.0**power, unit) for power in decades],
         },
         "showlegend": True,
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "xanchor": "left"},
@@ -609,9 +609,7 @@ def _strips(
                 "marker": {"size": 4, "symbol": styles.symbol(placement)},
                 "hoverinfo": "text",
                 "hovertext": [
-                    ""
-                    if value is None
-                    else f"<b>{_safe(placement)}</b>, at {time:.4g} s<br>{quantity.span(value, unit)}"
+                    "" if value is None else f"<b>{_safe(placement)}</b>, at {time:.4g} s<br>{_span(value, unit)}"
                     for time, value in zip(times, drawn, strict=True)
                 ],
             }
@@ -670,7 +668,7 @@ def drift(group: Group, runs: Sequence[Mapping[str, Any]], name: str) -> Plot | 
         "marker": {"size": 6, "color": COLOURS[2], "opacity": 0.8},
         "hoverinfo": "text",
         "hovertext": [
-            f"run {run['run']}, {_safe(run['started'])}<br>{quantity.span(value, unit)}"
+            f"run {run['run']}, {_safe(run['started'])}<br>{_span(value, unit)}"
             for (run, _), value in zip(found, values, strict=True)
         ],
     }
@@ -826,6 +824,10 @@ def _shortened(text: object) -> str:
 # Plotly reads some of HTML in its texts: what comes from data must not be any of it.
 def _safe(text: object) -> str:
     return plain(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _span(value: float, unit: str) -> str:
+    return _safe(quantity.span(value, unit))
 
 
 def _names(names: Sequence[str], *, safe: bool = False) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 "use strict";
 (() => {
   const PAPER = 660, COLUMN = 310; // CSS pixels that fit on a page of A4 or Letter, and on half of it
-  const config = { displayModeBar: false, responsive: true, doubleClick: false, showTips: false };
+  const config = { displayModeBar: false, responsive: true, doubleClick: false, showTips: false, typesetMath: false };
   const figures = [...document.querySelectorAll("script[data-plot]")];
   const drawn = [];
 

@@ -101,7 +101,8 @@ def _decimals(low: float, high: float, *, least: int, most: int) -> int | None:
     width = abs(high - low)
     if not width:
         return None
-    return min(max(-math.floor(math.log10(width / 2)), least), most)
+    # 0.35 - 0.33 is a little less than 0.02.
+    return min(max(-math.floor(math.log10(width / 2) + 1e-6), least), most)
 
 
 def _bounds(ci: Sequence[float | None] | None) -> tuple[float, float] | None:
