@@ -91,11 +91,15 @@ class Opened:
         self.page.set_default_timeout(_LIMIT_MS)
         self.page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
         self.page.on("pageerror", lambda error: self.said.append(f"error: {error}"))
-        self.page.on("dialog", lambda dialog: (self.said.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        self.page.on("dialog", self._dialog)
         self.page.on("request", self._request)
         self.file = file
         self.page.goto(file.as_uri())
         self.page.wait_for_selector("html[data-drawn]", state="attached")
+
+    def _dialog(self, dialog: Any) -> None:
+        self.said.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
 
     def _request(self, request: Any) -> None:
         # The pictures of the heat maps are made in the page.

@@ -58,11 +58,13 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--compare needs two directories or more", "name another one, or leave --compare out")
     if args.out is not None and len(args.directory) > 1 and not args.compare:
         raise UsageError("-o names one file for several reports", "leave it out, or give --compare")
+    from ..experiment.results import read
     from ..report.comparison import compare
     from ..report.page import report
 
-    # All are read before the first is written: a name that is wrong is told at once.
-    experiments = [_analysed(directory) for directory in args.directory]
+    # All are read before the first is analysed: a name that is wrong is told at once.
+    there = [read(directory) for directory in args.directory]
+    experiments = [_analysed(results) for results in there]
     if args.compare:
         _write(args.out or "report-compare.html", compare(experiments))
         return 0
@@ -71,11 +73,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _analysed(directory: str) -> tuple[Results, Mapping[str, Any]]:
+def _analysed(results: Results) -> tuple[Results, Mapping[str, Any]]:
     from ..experiment.analysis import analyse
-    from ..experiment.results import read
 
-    results = read(directory)
     return results, analyse(results)
 
 

@@ -46,9 +46,9 @@ _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", 
 HEAT = ("#2166ac", "#92c5de", "#e9e8e4", "#f4b26f", "#b35806")
 _HEAT_END = math.log2(3)  # where the colours end
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-_PERCENTS = (0.0, 50.0, 90.0, 99.0, 99.9, 99.99, 99.999, 99.9999, 99.99999)
-_POINTS = 1500  # of a series that is drawn; one that is longer is drawn by the least and the most of each part
-_SHORT = 20  # characters of a name beside an axis
+_PERCENTS = (50.0, 90.0, 99.0, 99.9, 99.99, 99.999, 99.9999, 99.99999)
+_POINTS = 800  # of a series that is drawn; one that is longer is drawn by the least and the most of each part
+_SHORT, _COLUMN = 20, 12  # characters of a name beside an axis, and above a column
 
 
 class Plot:
@@ -173,10 +173,17 @@ def matrix(group: Group, name: str) -> Plot | None:
     axis = {"showgrid": False, "zeroline": False, "ticks": "", "ticklabelstandoff": 6}
     left = 20 + 7 * max(len(_shortened(placement)) for placement in placements)
     layout = {
-        "xaxis": {**axis, **_names(aggressors), "side": "top", "range": [-0.5, len(aggressors) - 0.5]},
+        "xaxis": {
+            **axis,
+            **_names([_lines(aggressor) for aggressor in aggressors], safe=True),
+            "side": "top",
+            "tickangle": 0,
+            "ticklabeloverflow": "allow",
+            "range": [-0.5, len(aggressors) - 0.5],
+        },
         "yaxis": {**axis, **_names(placements), "range": [len(placements) - 0.5, -0.5]},
         "annotations": notes,
-        "margin": {"l": left, "r": 6, "t": 34, "b": 6},
+        "margin": {"l": left, "r": 6, "t": 44, "b": 6},
     }
     best, worst = _extremes(group)
     sentence = (
@@ -190,7 +197,7 @@ def matrix(group: Group, name: str) -> Plot | None:
         sentence,
         _figure([trace], layout),
         values,
-        height=40 + 66 * len(placements),
+        height=50 + 66 * len(placements),
         least=left + 86 * len(aggressors),
         most=max(300, left + 190 * len(aggressors)),
         kind="own-colours",
@@ -292,8 +299,11 @@ def _luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def processes(group: Group, styles: Styles, name: str) -> Plot | None:
-    """Return every process of a group as a dot, with median and interval; None where no run told the primary metric."""
+def processes(group: Group, styles: Styles, name: str) -> tuple[str, Plot] | None:
+    """Return every process of a group as a dot, with median and interval: words for it, and the picture.
+
+    None where no run told the primary metric.
+    """
     shown = [(one, metric) for one in group.every if (metric := primary(one)) and metric.get("values")]
     if not shown:
         return None
@@ -356,10 +366,7 @@ def processes(group: Group, styles: Styles, name: str) -> Plot | None:
     words = metric_words(group.metric)
     better = {"higher": "higher is better", "lower": "lower is better"}.get(str(shown[0][1].get("better")), "")
     layout = {
-        "xaxis": {
-            "title": {"text": _safe(f"{words}{f', {scale.unit}' if scale.unit else ''} ({better})")},
-            **({"type": "log", "dtick": 1} if far else {}),
-        },
+        "xaxis": {"type": "log", "dtick": 1} if far else {},
         "yaxis": {
             **_names([_two_lines(one) for one, _ in shown], safe=True),
             "range": [len(shown) - 0.5, -0.5],
@@ -367,19 +374,15 @@ def processes(group: Group, styles: Styles, name: str) -> Plot | None:
             "showgrid": False,
         },
         "shapes": _alone_lines(shown, scale),
-        "margin": {"l": _left([_label(one) for one, _ in shown]), "r": 10, "t": 8, "b": 46},
+        "margin": {"l": _left([_label(one) for one, _ in shown]), "r": 10, "t": 8, "b": 26},
     }
     sentence = (
         f"{words.capitalize()} of each process of {group.victim} at isolation {group.isolation}: a dot a process, "
         f"with the median and its interval, for {quantity.count(len(shown), 'condition')}; {better}."
     )
-    return Plot(
-        name,
-        sentence,
-        _figure(traces, layout),
-        table(_VALUE_HEADERS, rows, caption=f"{group.victim}, {group.isolation}: {words}"),
-        height=58 + 42 * len(shown),
-    )
+    values = table(_VALUE_HEADERS, rows, caption=f"{group.victim}, {group.isolation}: {words}")
+    plot = Plot(name, sentence, _figure(traces, layout), values, height=38 + 42 * len(shown))
+    return f"{words}{_in(scale)}; {better}", plot
 
 
 # The median alone, for the eye to compare with.
@@ -443,11 +446,8 @@ def _distribution(
                 "x": [x for x, _ in points],
                 "y": values,
                 "line": {**styles.line(placement), "shape": "hv"},
-                "hoverinfo": "text",
-                "hovertext": [
-                    f"<b>{_safe(placement)}</b><br>{_percent_at(x)} take at most {_span(value, unit)}"
-                    for x, value in points
-                ],
+                "text": [f"{_percent_at(x)} take at most {_span(value, unit)}" for x, value in points],
+                "hovertemplate": f"<b>{_template(placement)}</b><br>%{{text}}<extra></extra>",
             }
         )
         told = [histogram.get(key) for key in ("p50", "p99", "p99_9", "max")]
@@ -463,9 +463,10 @@ def _distribution(
     layout = {
         "xaxis": {
             "type": "log",
-            "title": {"text": "percentile"},
+            "title": {"text": "percentile, %"},
+            "tickangle": 0,
             "tickvals": [1 / (1 - percent / 100) for percent in ticks],
-            "ticktext": [f"{percent:.7g} %" for percent in ticks],
+            "ticktext": [f"{percent:.7g}" for percent in ticks],
             "range": [0, math.log10(furthest) * 1.02],
         },
         "yaxis": {
@@ -474,7 +475,16 @@ def _distribution(
             "ticktext": [_span(10.0**power, unit) for power in decades],
         },
         "showlegend": True,
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "xanchor": "left"},
+        "legend": {
+            "orientation": "h",
+            "y": 1.02,
+            "yanchor": "bottom",
+            "x": 0,
+            "xanchor": "left",
+            "font": {"size": 11},
+            # As wide as the longest name and no wider: two columns on a phone.
+            "entrywidth": 6 * max(len(_shortened(one["placement"])) for one, _ in shown),
+        },
         "margin": {"l": 62, "r": 14, "t": 10, "b": 46},  # the legend makes its own room
     }
     worst = max(shown, key=lambda one: one[1].get("p99") or 0)
@@ -513,7 +523,7 @@ def _quantiles(histogram: Mapping[str, Any]) -> list[tuple[float, float]]:
         value = longest if most is None else min(longest, most)
         # All but the last: as far as one in as many as there are can be told.
         x = total / max(total - seen, 1)
-        if len(points) > 1 and x < points[-1][0] * 1.04 and value < points[-1][1] * 1.02:
+        if len(points) > 1 and x < points[-1][0] * 1.05 and value < points[-1][1] * 1.05:
             continue
         points.append((x, value))
     end = most if most is not None else points[-1][1] if points else 0
@@ -602,16 +612,13 @@ def _strips(
             {
                 "type": "scatter",
                 "mode": "lines+markers" if len(drawn) <= 60 else "lines",
-                "x": times,
-                "y": [None if value is None else value * scale.factor for value in drawn],
+                "x": [_digits(time) for time in times],
+                "y": [None if value is None else _digits(value * scale.factor) for value in drawn],
                 "yaxis": axis,
                 "line": {**styles.line(placement), "dash": "solid", "width": 1.5},
                 "marker": {"size": 4, "symbol": styles.symbol(placement)},
-                "hoverinfo": "text",
-                "hovertext": [
-                    "" if value is None else f"<b>{_safe(placement)}</b>, at {time:.4g} s<br>{_span(value, unit)}"
-                    for time, value in zip(times, drawn, strict=True)
-                ],
+                "hovertemplate": f"<b>{_template(placement)}</b>, at %{{x:.4g}} s<br>%{{y:.4g}}"
+                f"{_template(scale.suffix)}<extra></extra>",
             }
         )
         known = sorted(value for value in series["values"] if value is not None)
@@ -624,7 +631,7 @@ def _strips(
     )
     values = table(["condition", "slices", "least", "median", "most"], rows, caption=f"{group.victim}: {beside}")
     plot = Plot(name, sentence, _figure(traces, layout), values, height=70 + 84 * len(shown))
-    return f"{beside}{f', in {scale.unit}' if scale.unit else ''}", plot
+    return f"{beside}{_in(scale)}", plot
 
 
 # A series of at most _POINTS values: the least and the most of each part, at their times, so that no spike is lost.
@@ -641,8 +648,10 @@ def _thinned(times: Sequence[float], values: Sequence[float | None]) -> tuple[li
     return [times[place] for place in kept], [values[place] for place in kept]
 
 
-def drift(group: Group, runs: Sequence[Mapping[str, Any]], name: str) -> Plot | None:
-    """Return a group's runs alone in the order in which they were made; None where there are fewer than two.
+def drift(group: Group, runs: Sequence[Mapping[str, Any]], name: str) -> tuple[str, Plot] | None:
+    """Return a group's runs alone in the order in which they were made: words for it, and the picture.
+
+    None where there are fewer than two.
 
     :param runs: of the experiment, in order of the schedule
     """
@@ -674,7 +683,7 @@ def drift(group: Group, runs: Sequence[Mapping[str, Any]], name: str) -> Plot | 
     }
     layout = {
         "xaxis": {"title": {"text": "number of the run in the schedule"}, "zeroline": False},
-        "yaxis": {"title": {"text": _safe(f"{words}{f', {scale.unit}' if scale.unit else ''}")}, "zeroline": False},
+        "yaxis": {"zeroline": False},
         "margin": {"l": 64, "r": 10, "t": 8, "b": 46},
     }
     ends = (quantity.span(min(values), unit), quantity.span(max(values), unit))
@@ -691,7 +700,7 @@ def drift(group: Group, runs: Sequence[Mapping[str, Any]], name: str) -> Plot | 
         for block, those in blocks.items()
     ]
     table_of = table(["block", "runs", "least", "median", "most"], rows, caption=f"{group.victim} alone: {words}")
-    return Plot(name, sentence, _figure([trace], layout), table_of, height=230)
+    return f"{words}{_in(scale)}", Plot(name, sentence, _figure([trace], layout), table_of, height=230)
 
 
 def compared(
@@ -811,6 +820,14 @@ def _two_lines(one: Mapping[str, Any]) -> str:
     return f"{placement}<br><span style='font-size:11px'>{aggressor}</span>"
 
 
+# Above a column there is room for two lines of some letters.
+def _lines(name: str) -> str:
+    if len(name) <= _COLUMN:
+        return _safe(name)
+    rest = name[_COLUMN:]
+    return f"{_safe(name[:_COLUMN])}<br>{_safe(rest if len(rest) <= _COLUMN else rest[: _COLUMN - 1] + '…')}"
+
+
 def _left(labels: Sequence[str]) -> int:
     widest = max((len(_shortened(part)) for label in labels for part in label.split(", ")), default=0)
     return 14 + 7 * widest
@@ -826,13 +843,28 @@ def _safe(text: object) -> str:
     return plain(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
+# The same where the text is a template, in which a brace would begin a variable.
+def _template(text: object) -> str:
+    return _safe(text).replace("{", "&#123;").replace("}", "&#125;")
+
+
+# Of a picture with thousands of points, more digits would be most of the file.
+def _digits(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+# Units stand in the words above a picture, which can be broken where a narrow screen needs it.
+def _in(scale: quantity.Scale) -> str:
+    return f", in {scale.unit}" if scale.unit else ""
+
+
 def _span(value: float, unit: str) -> str:
     return _safe(quantity.span(value, unit))
 
 
 def _names(names: Sequence[str], *, safe: bool = False) -> dict[str, Any]:
     texts = list(names) if safe else [_safe(_shortened(name)) for name in names]
-    return {"tickvals": list(range(len(names))), "ticktext": texts, "fixedrange": True}
+    return {"tickvals": list(range(len(names))), "ticktext": texts, "ticklabelstandoff": 6}
 
 
 def _figure(traces: Sequence[Mapping[str, Any]], layout: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..cpuset import CpuSet
 from ..errors import UsageError
-from ..topology import Topology
+from ..topology import Pcpu, Topology
 from . import facts, quantity
 from .finding import meaning
 from .markup import Html, element, join, table
@@ -61,26 +61,34 @@ def draw(topology: object, caches: object, conditions: Sequence[Mapping[str, Any
         "div",
         *drawing.inside(host.online, levels),
         _box("offline", f"offline: {len(offline)}", [drawing.cell(cpu) for cpu in offline]) if offline else None,
-        class_="map",
+        class_="map many" if drawing.many else "map",
         role="img",
         aria_label=_sentence(host, seated),
         id=name,
     )
     headers = ["pCPU", "core", "cache", "node", "package", "kind", "state", "who was there"]
-    rows = [
-        [
-            str(one.cpu),
-            *("–" if value is None else str(value) for value in (one.core, one.llc, one.numa, one.package)),
-            one.kind or "–",
-            "offline" if not one.online else "usable" if one.cpu in host.usable else "not usable",
-            drawing.who(one.cpu) or "–",
-        ]
-        for one in host.pcpus
-    ]
+    rows = _rows(host, drawing)
     details = element(
         "details", element("summary", "Every pCPU as a table"), table(headers, rows, caption="pCPUs and who was there")
     )
     return join([picture, _legend(drawing), details])
+
+
+# A row for each pCPU; on a large host for all that differ in number and core only.
+def _rows(host: Topology, drawing: _Drawing) -> list[list[str]]:
+    alike: dict[tuple[object, ...], list[Pcpu]] = {}
+    for one in host.pcpus:
+        state = "offline" if not one.online else "usable" if one.cpu in host.usable else "not usable"
+        shared = (one.llc, one.numa, one.package, one.kind, state, drawing.who(one.cpu) or None)
+        alike.setdefault((None if drawing.many else one.cpu, *shared), []).append(one)
+    return [
+        [
+            str(CpuSet.of(one.cpu for one in those)),
+            str(CpuSet.of(one.core for one in those if one.core is not None)) or "–",
+            *("–" if value is None else str(value) for value in shared),
+        ]
+        for (_, *shared), those in alike.items()
+    ]
 
 
 def seats(conditions: Sequence[Mapping[str, Any]]) -> Html:
@@ -114,7 +122,8 @@ def seats(conditions: Sequence[Mapping[str, Any]]) -> Html:
 
 
 def _marked(letter: str, placement: str) -> Html:
-    return join([element("span", letter, class_="mark") if letter else None, " " if letter else None, placement])
+    mark = element("span", letter, class_="mark") if letter else None
+    return element("span", mark, " " if letter else None, placement, class_="whole" if len(placement) < 24 else None)
 
 
 def _seats(conditions: Iterable[Mapping[str, Any]]) -> list[_Seat]:
@@ -177,6 +186,7 @@ class _Drawing:
         for seat in seated:
             self.victims |= seat.victims
         self.named = len(host.cores) <= _NAMED_CORES
+        self.many = not self.named
 
     def inside(self, cpus: CpuSet, boxes: Sequence[_Box]) -> list[Html]:
         found, rest = [], cpus

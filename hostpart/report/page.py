@@ -207,8 +207,12 @@ class _Page:
     def processes(self) -> Section:
         parts = []
         for group in self.groups:
-            plot = self.plot(figures.processes(group, self.styles, f"processes-{group.number}"))
-            body = plot or element("p", "No run of it told its metric.", class_="missing")
+            drawn = figures.processes(group, self.styles, f"processes-{group.number}")
+            body = (
+                self.plot(drawn[1], drawn[0])
+                if drawn
+                else element("p", "No run of it told its metric.", class_="missing")
+            )
             parts.append(element("div", self.title(group), body, self.metrics(group)))
         note = element(
             "p", "A small dot is one process. The larger mark is the median, with its interval; the dotted line is the "
@@ -331,9 +335,9 @@ class _Page:
         told = table(headers, rows, caption="Runs alone over time") if rows else None
         plots = []
         for group in self.groups:
-            plot = self.plot(figures.drift(group, self.results.runs, f"drift-{group.number}"))
-            if plot:
-                plots.append(element("div", self.title(group), plot))
+            drawn = figures.drift(group, self.results.runs, f"drift-{group.number}")
+            if drawn:
+                plots.append(element("div", self.title(group), self.plot(drawn[1], drawn[0])))
         note = element(
             "p",
             "The victim ran alone before, between and after the others. If those runs change in the course of the "
