@@ -29,6 +29,7 @@ COMMANDS = {
     "stop": "end a VM and free its pCPUs",
     "experiment": "measure what sharing pCPUs costs on this host",
     "audit": "check from outside that every VM is where it should be",
+    "report": "write an experiment's results into one file of HTML",
     "restore": "end what killed hostpart left behind; put the host back",
     "systemd-unit": "print the unit that launches a scenario at boot",
     "completion": "print a shell's completion script",

@@ -6,11 +6,12 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable
 
 from tests.vm import debian
 from tests.vm.cache import locked
 
-__all__ = ["lacking"]
+__all__ = ["lacking", "missing"]
 
 # Programs, and Debian's packages that have them.
 _TOOLS = {"qemu-system-x86_64": "qemu-system-x86", "ldd": "libc-bin"}
@@ -23,19 +24,29 @@ def lacking() -> str:
     """
     if platform.machine() != "x86_64":
         return f"needs an x86-64 machine, not {platform.machine()}"
-    packages = _packages()
-    if packages and os.environ.get("HOSTPART_TEST_INSTALL") == "1" and os.geteuid() == 0 and shutil.which("apt-get"):
+    if why := missing(_packages, "its virtual machines"):
+        return why
+    lacks = debian.lacks()
+    return f"needs {', '.join(lacks)}, to fetch kernels" if lacks else ""
+
+
+def missing(packages: Callable[[], list[str]], use: str) -> str:
+    """Return a sentence on the Debian packages that *packages* still names at the end, and on *use*; empty if none.
+
+    With HOSTPART_TEST_INSTALL=1 they are installed first, as root on Debian or Ubuntu, by one process at a time.
+    """
+    lacks = packages()
+    if lacks and os.environ.get("HOSTPART_TEST_INSTALL") == "1" and os.geteuid() == 0 and shutil.which("apt-get"):
         with locked("install"):
-            said = _install(_packages())
-        if packages := _packages():
-            return f"needs {', '.join(packages)}, which apt-get could not install: {said}"
-    if packages:
+            said = _install(packages())
+        if lacks := packages():
+            return f"needs {', '.join(lacks)}, which apt-get could not install: {said}"
+    if lacks:
         return (
-            f"needs the Debian packages {', '.join(packages)} for its virtual machines: install them, "
+            f"needs the Debian packages {', '.join(lacks)} for {use}: install them, "
             "or set HOSTPART_TEST_INSTALL=1 as root on Debian or Ubuntu"
         )
-    missing = debian.lacks()
-    return f"needs {', '.join(missing)}, to fetch kernels" if missing else ""
+    return ""
 
 
 def _packages() -> list[str]:
