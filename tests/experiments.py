@@ -36,6 +36,7 @@ _UNITS = {
 # Where the aggressor of a placement sits on a host of two packages, two cores each, two threads each; victim on 2.
 _PCPUS = {"same-pcpu": "2", "sibling": "6", "same-llc": "3", "other-package": "1"}
 _VICTIM_PCPU = 2
+_RAN: dict[str, Any] = {"as": "host", "alive": True, "exit": None, "did": None}
 
 FACTS: dict[str, Any] = {
     "hostname": "bench1",
@@ -229,6 +230,7 @@ def _condition(condition: str) -> dict[str, Any]:
         "isolation": isolation,
         "aggressor": aggressor,
         "placement": placement,
+        "degree": placement,
         "victim_pcpu": _VICTIM_PCPU,
         "aggressor_pcpus": _PCPUS.get(placement) if aggressor else None,
         "as": "host" if aggressor else None,
@@ -311,7 +313,9 @@ def _run(slot: Mapping[str, Any], entry: float | Mapping[str, Any], session: int
         "metrics": metrics,
         "primary": metric,
         "record": record(about["victim"], metrics, metric, histograms, series) if of_probe else None,
-        "aggressors": [{**aggressor, "as": "host", "alive": True, "exit": None}] if about["aggressor"] else [],
+        "aggressors": [{**aggressor, "as": "host", "alive": True, "exit": None, "did": None}]
+        if about["aggressor"]
+        else [],
         "evidence": None,
         "verdict": "held",
         "reasons": [],

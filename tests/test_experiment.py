@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from hostpart import procfs
@@ -47,6 +48,11 @@ def _file(folder: Path, text: str = QUICK, name: str = "quick.toml") -> str:
 
 def _runs(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+
+
+def _check(kind: str, document: object) -> None:
+    path = Path(results.__file__).with_name(f"{kind}.schema.json")
+    jsonschema.Draft202012Validator(json.loads(path.read_text())).validate(document)
 
 
 # -- the file ------------------------------------------------------------------------------------------------
@@ -246,6 +252,12 @@ def test_an_experiment_from_its_plan_to_its_runs(place: Place, tmp_path: Path) -
     (session,) = (json.loads(line) for line in (out / "sessions.jsonl").read_text().splitlines())
     assert session["facts"]["kernel"]["release"] == os.uname().release
     assert session["command"][1:] == ["experiment", file, "--out", str(out)]
+    _check("experiment", document)
+    _check("session", session)
+    _check("analysis", json.loads((out / "analysis.json").read_text()))
+    for run in runs:
+        _check("run", run)
+    assert "noise on pCPU" in done.stdout
     assert place.is_clean()
     again = place.run("experiment", file, "--out", str(out))
     assert "all 3 runs are made already" in again.stderr

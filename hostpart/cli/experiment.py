@@ -11,7 +11,7 @@ import time
 
 from ..config import ServiceVm
 from ..cpuset import CpuSet
-from ..errors import DoesNotFit, UsageError
+from ..errors import DoesNotFit, HostpartError, UsageError
 from ..experiment import design as designs
 from ..experiment import results, schedule
 from ..experiment.extra import need
@@ -168,6 +168,7 @@ def _show_plan(
 def _run(
     args: argparse.Namespace, design: Design, plan: Plan, kept: CpuSet, journal: results.Journal, host: Host
 ) -> int:
+    stopped, failure = 0, None
     before = results.read(journal.directory)
     done = before.done & {one.number for one in plan.runs}
     if len(done) == len(plan.runs):
@@ -196,15 +197,18 @@ def _run(
             try:
                 runner.run(done)
             except KeyboardInterrupt as interrupt:
-                number = interrupt.args[0] if interrupt.args else signal.SIGINT
-                progress.close()
-                now = results.read(journal.directory)
-                say(
-                    f"stopped with {len(now.done)} of {len(plan.runs)} runs made; the same command goes on: "
-                    f"{shlex.join(['hostpart', *sys.argv[1:]])}"
-                )
-                return 128 + int(number)
-    return _tell(args, journal.directory)
+                stopped = int(interrupt.args[0]) if interrupt.args else int(signal.SIGINT)
+            except HostpartError as error:
+                failure = error
+    code = _tell(args, journal.directory)
+    if failure is not None:
+        raise failure
+    if stopped:
+        made = len(results.read(journal.directory).done)
+        again = shlex.join(["hostpart", *sys.argv[1:]])
+        say(f"stopped with {made} of {len(plan.runs)} runs made; the same command goes on: {again}")
+        return 128 + stopped
+    return code
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
@@ -215,16 +219,20 @@ def _tell(args: argparse.Namespace, directory: str) -> int:
     found = results.read(directory)
     if not args.no_report:
         from ..experiment.analysis import analyse, keep
+        from ..report.page import report
         from .analysis import summary
+        from .report import write
 
         analysis = analyse(found)
         keep(analysis, directory)
+        path = os.path.join(directory, "report.html")
+        write(path, report(found, analysis))
         if args.json:
             import json
 
             print(json.dumps(analysis))
         else:
-            print(summary(analysis, colour=colour_wanted(sys.stdout)))
+            print(summary(analysis, colour=colour_wanted(sys.stdout)), f"the page: {path}", sep="\n\n")
     failed = [one for one in found.runs if one["error"] is not None]
     for problem, remedy in dict.fromkeys((one["error"]["problem"], one["error"]["remedy"]) for one in failed):
         count = sum(1 for one in failed if one["error"]["problem"] == problem)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ..experiment.results import Results
 
-__all__ = ["add", "run"]
+__all__ = ["add", "run", "write"]
 
 _EPILOG = """\
 The file holds all that it shows and loads nothing: mail it, put it on a phone, print it. An experiment that was stopped
@@ -66,10 +66,14 @@ def run(args: argparse.Namespace) -> int:
     there = [read(directory) for directory in args.directory]
     experiments = [_analysed(results) for results in there]
     if args.compare:
-        _write(args.out or "report-compare.html", compare(experiments))
+        path = args.out or "report-compare.html"
+        write(path, compare(experiments))
+        print(path)
         return 0
     for directory, (results, analysis) in zip(args.directory, experiments, strict=True):
-        _write(args.out or os.path.join(directory, "report.html"), report(results, analysis))
+        path = args.out or os.path.join(directory, "report.html")
+        write(path, report(results, analysis))
+        print(path)
     return 0
 
 
@@ -79,8 +83,11 @@ def _analysed(results: Results) -> tuple[Results, Mapping[str, Any]]:
     return results, analyse(results)
 
 
-def _write(path: str, text: str) -> None:
-    # Whole or not at all: a browser may be showing the one that is there.
+def write(path: str, text: str) -> None:
+    """Write a page, whole or not at all: a browser may be showing the one that is there.
+
+    :raises Failed: where it can't be written
+    """
     new = f"{path}.new"
     try:
         with open(new, "w", encoding="utf-8", newline="") as file:
@@ -92,4 +99,3 @@ def _write(path: str, text: str) -> None:
         except OSError:
             pass
         raise Failed(f"{path} cannot be written: {error.strerror}", "make room, or name another -o FILE") from None
-    print(path)

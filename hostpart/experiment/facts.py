@@ -25,11 +25,9 @@ _PACKAGES = ("numpy", "scipy", "plotly", "hdrhistogram", "numba", "psutil")
 _CPU_FIELDS = {
     "model": "model name",
     "vendor": "vendor_id",
-    "family": "cpu family",
-    "model_number": "model",
-    "stepping": "stepping",
     "microcode": "microcode",
 }
+_CPU_NUMBERS = {"family": "cpu family", "model_number": "model", "stepping": "stepping"}
 # Flags of /proc/cpuinfo that say how time and power behave. Source: arch/x86/include/asm/cpufeatures.h.
 _FLAGS = (
     "constant_tsc",
@@ -54,6 +52,7 @@ def read_facts(host: Host) -> dict[str, Any]:
     topology = read_topology(host)
     uname = os.uname()
     usable = list(topology.usable)
+    clocks = _text(host, "sys/devices/system/clocksource/clocksource0/available_clocksource")
     return {
         "hostname": uname.nodename,
         "machine": uname.machine,
@@ -66,7 +65,7 @@ def read_facts(host: Host) -> dict[str, Any]:
         "frequency_khz": _frequency(host, usable),
         "clocksource": {
             "current": _text(host, "sys/devices/system/clocksource/clocksource0/current_clocksource"),
-            "available": _text(host, "sys/devices/system/clocksource/clocksource0/available_clocksource"),
+            "available": None if clocks is None else clocks.split(),
         },
         "hypervisor": _hypervisor(host),
         "steal_percent_since_boot": _steal(host),
@@ -118,7 +117,8 @@ def _cpu(host: Host) -> dict[str, Any]:
     flags = (said.get("flags") or said.get("Features") or "").split()
     return {
         **{name: said.get(field) for name, field in _CPU_FIELDS.items()},
-        "flags": [flag for flag in _FLAGS if flag in flags],
+        **{name: _number(said.get(field)) for name, field in _CPU_NUMBERS.items()},
+        "flags_of_note": [flag for flag in _FLAGS if flag in flags],
     }
 
 
@@ -143,7 +143,7 @@ def _hypervisor(host: Host) -> str | None:
     kind = _text(host, "sys/hypervisor/type")  # Xen says it here; others in the firmware's tables
     if kind:
         return kind
-    if "hypervisor" not in _cpu(host)["flags"]:
+    if "hypervisor" not in _cpu(host)["flags_of_note"]:
         return None
     product = _text(host, "sys/class/dmi/id/product_name")
     vendor = _text(host, "sys/class/dmi/id/sys_vendor")
