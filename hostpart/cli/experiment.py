@@ -168,7 +168,7 @@ def _show_plan(
 def _run(
     args: argparse.Namespace, design: Design, plan: Plan, kept: CpuSet, journal: results.Journal, host: Host
 ) -> int:
-    stopped, failure = 0, None
+    stopped, code, failure = 0, 0, None
     before = results.read(journal.directory)
     done = before.done & {one.number for one in plan.runs}
     if len(done) == len(plan.runs):
@@ -200,9 +200,13 @@ def _run(
                 stopped = int(interrupt.args[0]) if interrupt.args else int(signal.SIGINT)
             except HostpartError as error:
                 failure = error
-    code = _tell(args, journal.directory)
+    try:
+        code = _tell(args, journal.directory)
+    except HostpartError:
+        if failure is None:
+            raise
     if failure is not None:
-        raise failure
+        raise failure  # what stopped the runs; a full disk stops the page as well
     if stopped:
         made = len(results.read(journal.directory).done)
         again = shlex.join(["hostpart", *sys.argv[1:]])
