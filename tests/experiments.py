@@ -1,6 +1,7 @@
 """Directories of experiments that were never made: any values, in the order and the form in which runs are kept.
 
-:func:`write` takes what each condition's runs are to hold; :func:`example` writes one that has something of everything.
+:func:`write` takes what each condition's runs are to hold, and :func:`results` reads the same without a directory;
+:func:`example` writes one that has something of everything.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from hostpart.experiment.results import Results
 from workers.probes.histogram import Histogram
 from workers.probes.record import document
 
-__all__ = ["FACTS", "METRICS", "example", "latencies", "parts", "record", "write"]
+__all__ = ["FACTS", "METRICS", "example", "latencies", "parts", "record", "results", "write"]
 
 _START = datetime(2026, 11, 25, 21, 0, 0, tzinfo=UTC)
 # What a plain number stands for, by the probe: the primary metric's name, unit and direction.
@@ -171,6 +173,22 @@ def write(
     :param seed: of the order within the blocks
     :param again_after: how many runs were made before it was stopped and started again; None: never
     """
+    made = results(values, seed=seed, name=name, again_after=again_after)
+    directory.mkdir(parents=True)
+    (directory / "experiment.json").write_text(json.dumps(made.experiment, indent=1) + "\n")
+    for file, lines in (("sessions.jsonl", made.sessions), ("runs.jsonl", made.runs)):
+        (directory / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return directory
+
+
+def results(
+    values: Mapping[str, Sequence[float | Mapping[str, Any] | None]],
+    *,
+    seed: int = 1,
+    name: str = "synthetic",
+    again_after: int | None = None,
+) -> Results:
+    """Return what a directory that :func:`write` wrote of the same would hold."""
     planned = _plan(values, seed)
     left = {condition: iter(entries) for condition, entries in values.items()}
     runs, when = [], _START
@@ -180,12 +198,8 @@ def write(
         if entry is not None:
             session = int(again_after is not None and slot["run"] >= again_after)
             runs.append(_run(slot, entry, session, when))
-    directory.mkdir(parents=True)
-    (directory / "experiment.json").write_text(json.dumps(_experiment(values, planned, seed, name), indent=1) + "\n")
     sessions = [_session(number) for number in range(1 if again_after is None else 2)]
-    for file, lines in (("sessions.jsonl", sessions), ("runs.jsonl", runs)):
-        (directory / file).write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
-    return directory
+    return Results("synthetic", _experiment(values, planned, seed, name), tuple(sessions), tuple(runs))
 
 
 def _plan(values: Mapping[str, Sequence[Any]], seed: int) -> list[dict[str, Any]]:

@@ -7,22 +7,24 @@ Benchmarking in Reasonable Time", 2013). Nothing here is told of samples.
 Everything is a function of its arguments. What is drawn at random is drawn from *seed*, and from nothing that other
 values have a part in: a figure stays the same whatever else is analysed with it.
 
-How often an interval of 95 % held the truth, in 1,600 trials for each number of values and each of five distributions
+How often an interval of 95 % held the truth, in 4,000 trials for each number of values and each of five distributions
 (normal, log-normal, Student's t with 3 degrees of freedom, two modes, one in ten an outlier); the worst and the best:
 
 ======================================  =================  ==================
 of a median                             plain percentiles  as it is done here
 ======================================  =================  ==================
-5 values                                93.1 to 94.4 %     93.1 to 94.4 %
-6 values                                92.8 to 93.9 %     96.5 to 97.3 %
-10 values                               92.5 to 93.2 %     95.6 to 96.4 %
-15 values                               91.4 to 92.8 %     95.6 to 97.1 %
-60 values                               93.0 to 95.0 %     94.7 to 95.2 %
+5 values                                93.2 to 94.3 %     93.2 to 94.3 %
+6 values                                93.3 to 93.8 %     96.5 to 97.0 %
+8 values                                92.8 to 93.4 %     97.6 to 98.1 %
+10 values                               94.5 to 95.0 %     95.9 to 96.7 %
+15 values                               91.8 to 92.8 %     96.2 to 97.1 %
+20 values                               94.1 to 94.8 %     95.7 to 96.1 %
+60 values                               94.2 to 95.1 %     95.2 to 96.0 %
 ======================================  =================  ==================
 
-BCa intervals are no better than plain ones (93.2 to 93.9 % of 10 values): the jackknife that they rest on does not work
-for a median. Of a ratio plain percentiles held it in 94.7 to 97.3 % (10 to 60 values, 10 to 10, 5 to 5, 5 to 20,
-6 to 30, 20 to 20), and are what is done here: the errors of two medians partly make up for each other.
+BCa intervals are no better than plain ones (91.0 to 92.7 % of 15 values): the jackknife that they rest on does not work
+for a median. Of a ratio plain percentiles are what is done here, and held it in 94.9 to 97.4 % (10 values to 60, 10 to
+10, 5 to 5, 5 to 20, 6 to 30, 20 to 20): the errors of two medians partly make up for each other.
 """
 
 from __future__ import annotations
@@ -109,7 +111,9 @@ def median(values: Sequence[float]) -> float | None:
 
     :raises ValueError: where a value is not finite
     """
-    return float(np.median(_sample(values))) if len(values) else None
+    ordered = np.sort(_sample(values))
+    count = len(ordered)
+    return float(_middle(ordered[(count - 1) // 2], ordered[count // 2])) if count else None
 
 
 def tail(count: int, confidence: float = CONFIDENCE) -> float:
@@ -223,7 +227,7 @@ def trend(times: Sequence[float], values: Sequence[float]) -> Trend | None:
         raise ValueError(f"there are {len(when)} times and {len(sample)} values")
     if len(sample) < 3 or when.min() == when.max():
         return None
-    middle = abs(float(np.median(sample)))
+    middle = abs(median(values) or 0.0)
     if sample.min() == sample.max():
         return Trend(0.0 if middle else None, 1.0)
     p = float(stats.kendalltau(when, sample).pvalue)
@@ -240,20 +244,25 @@ def _sample(values: Sequence[float]) -> Any:
 
 
 def _between(medians: Any, share: float) -> tuple[float, float]:
-    low, high = np.quantile(medians, [share, 1 - share])
-    return float(low), float(high)
+    # Values that there are: to interpolate between the largest numbers would overflow.
+    low = np.quantile(medians, share, method="lower")
+    return float(low), float(np.quantile(medians, 1 - share, method="higher"))
 
 
 def _medians(sample: Any, seed: int, stream: int, resamples: int) -> Any:
     # The medians of as many resamples. Which of the sorted values a resample's median is does not hang on the values.
     lower, upper = _middles(len(sample), seed, stream, resamples)
     ordered = np.sort(sample)
-    # Half of each: the sum of two large ones would be infinite.
-    return ordered[lower] / 2 + ordered[upper] / 2
+    return _middle(ordered[lower], ordered[upper])
+
+
+def _middle(lower: Any, upper: Any) -> Any:
+    # Half of each: the sum of two large ones would be infinite. Half of a smallest one is 0.
+    return np.where(lower == upper, lower, lower / 2 + upper / 2)
 
 
 @lru_cache(maxsize=64)
 def _middles(count: int, seed: int, stream: int, resamples: int) -> tuple[Any, Any]:
     drawn = np.random.default_rng([seed, stream, count]).integers(0, count, (resamples, count))
-    drawn.partition([(count - 1) // 2, count // 2], axis=1)
+    drawn.sort(axis=1)
     return drawn[:, (count - 1) // 2].copy(), drawn[:, count // 2].copy()
