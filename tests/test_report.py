@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 import re
 import subprocess
 import sys
@@ -168,6 +169,7 @@ def test_every_picture_has_a_sentence_its_data_and_a_table(name: str, request: p
 def test_every_table_names_its_columns_and_rows(page: Element, both: Element) -> None:
     for one in page.all("table") + both.all("table"):
         columns = one.all("thead")[0].all("th")
+        assert all(cell.text.strip() for cell in columns)
         assert all(cell.attributes["scope"] == "col" for cell in columns)
         for row in one.all("tbody")[0].all("tr"):
             cells = [cell for cell in row.children if isinstance(cell, Element)]
@@ -388,6 +390,36 @@ def test_a_ratio_of_nothing_or_to_nothing_is_no_mistake(tmp_path: Path) -> None:
         values = {"integer|affinity|alone": [alone] * 12, "integer|affinity|spinner|sibling": [beside] * 6}
         root = Reader(report(*analysed(experiments.write(tmp_path / name, values)))).root
         assert len(root.all("h1")) == 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_is_not_known_the_page_stands(example: tuple[Results, dict[str, Any]], seed: int) -> None:
+    rng = random.Random(seed)
+    results, found = example
+    found = copy.deepcopy(found)
+    for one in found["conditions"]:
+        for metric in one["metrics"].values():
+            for name in ("ratio", "ci"):
+                metric[name] = rng.choice([metric[name], None])
+            if metric["ratio"]:
+                name = rng.choice(["ci", "p", "p_holm", "value", "value"])
+                metric["ratio"][name] = rng.choice([metric["ratio"][name], None, 0.0 if name == "value" else None])
+            if rng.random() < 0.1:
+                metric.update({"n": 0, "values": [], "median": None, "min": None, "max": None, "ci": None})
+        for histogram in one["histograms"].values():
+            histogram[rng.choice(["p50", "p99", "p99_9", "max"])] = None
+            histogram["buckets"] = rng.choice([histogram["buckets"], []])
+        for series in one["series"].values():
+            series["values"] = [rng.choice([value, None]) for value in series["values"]]
+        if rng.random() < 0.5:
+            empty: dict[str, Any] = {"metrics": {}, "histograms": {}, "series": {}, "primary": None, "reasons": []}
+            name = rng.choice(list(empty))
+            one[name] = empty[name]
+        one["aggressor_pcpus"] = rng.choice([one["aggressor_pcpus"], None])
+    found["conditions"] = rng.sample(found["conditions"], rng.randrange(len(found["conditions"])))
+    root = Reader(report(results, found)).root
+    assert len(root.all("h1")) == 1
+    assert Reader(compare([(results, found), example])).root.all("main")
 
 
 # -- the host's map ----------------------------------------------------------------------------------------

@@ -790,7 +790,7 @@ def _ends(ratio: Mapping[str, Any]) -> tuple[float, float]:
     return (value if low is None else float(low)), (value if high is None else float(high))
 
 
-_VALUE_HEADERS = ("condition", "median [95 %]", "n", "least", "most", "ratio to alone [95 %]", "")
+_VALUE_HEADERS = ("condition", "median [interval]", "n", "least", "most", "ratio to alone [interval]", "difference")
 
 
 def _values_row(label: str, one: Mapping[str, Any]) -> list[str]:

@@ -327,11 +327,11 @@ class _Page:
                 str(one.get("n")),
                 "–" if one.get("change_percent") is None else quantity.percent(one["change_percent"]),
                 _chance(one.get("p")),
-                one.get("warning") or "steady",
+                "changed" if one.get("warning") else "steady",
             ]
             for one in self.analysis.get("drift") or ()
         ]
-        headers = ["victim", "metric", "runs alone", "change from first to last", "p", ""]
+        headers = ["victim", "metric", "runs alone", "change from first to last", "p", "host"]
         told = table(headers, rows, caption="Runs alone over time") if rows else None
         plots = []
         for group in self.groups:
