@@ -25,6 +25,7 @@ METRICS: dict[str, tuple[str, str, str]] = {
     "integer": ("rate", "1/s", "higher"),
     "memory": ("bandwidth", "B/s", "higher"),
     "wakeup": ("latency_p99", "ns", "lower"),
+    "noise": ("time_lost", "%", "lower"),
 }
 _UNITS = {
     **{name: (unit, better) for name, unit, better in METRICS.values()},

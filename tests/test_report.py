@@ -233,6 +233,22 @@ def test_more_than_one_aggressor_is_told(tmp_path: Path) -> None:
     assert "of the rate that it has alone; with them on another core of the same cache, 1.0" in lead
 
 
+def test_of_a_share_of_time_the_share_is_told(tmp_path: Path) -> None:
+    values = {"noise|affinity|alone": [0.5 + n % 3 / 10 for n in range(20)],
+              "noise|affinity|spinner|free": [33.0 + n % 3 for n in range(10)],
+              "noise|affinity|spinner|other-node": [0.5 + n % 3 / 10 for n in range(10)]}  # fmt: skip
+    _, found = analysed(experiments.write(tmp_path / "share", values))
+    lead = re.sub("<[^>]*>", "", finding.headline(found, {}))
+    told = re.match(
+        r"Beside spinner left free to run anywhere, the time lost of noise was (\S+) \[(\S+), \S+\] %; "
+        r"with it in another NUMA node, 0\.\d+ \[\S+ \S+\] %; alone, 0\.\d+ \[\S+, (\S+)\] %\.",
+        lead,
+    )
+    assert told, lead
+    assert float(told[2]) > 30
+    assert float(told[3]) < 1
+
+
 def test_where_nothing_is_worse_the_headline_says_so(tmp_path: Path) -> None:
     values = {"integer|affinity|alone": [100.0 + n % 3 for n in range(12)],
               "integer|affinity|spinner|same-llc": [100.0 + n % 3 for n in range(6)]}  # fmt: skip

@@ -36,8 +36,9 @@ _WHERE = {
     "sibling": ("on the other thread of its core", "on the other thread of the victim's core"),
     "same-llc": ("on another core of the same cache", "on another core that shares the last-level cache"),
     "same-node": ("on another core of the same NUMA node", "on another core of the same NUMA node"),
-    "same-package": ("in another node of the same package", "in another NUMA node of the same package"),
+    "other-node": ("in another NUMA node", "in another NUMA node of the same package"),
     "other-package": ("in another package", "in another package"),
+    "elsewhere": ("on another pCPU", "on another pCPU; what the two share is not known"),
     "free": ("left free to run anywhere", "not pinned: on any pCPU that may be used, the victim's too"),
 }
 
@@ -145,8 +146,8 @@ def meaning(placement: str) -> str:
 
 
 def _worded(placement: str, form: int) -> str:
-    # A placement's name may be led and followed by kinds of core: performance/same-llc/efficiency.
-    degree = next((part for part in placement.split("/") if part in _WHERE), None)
+    # A name may have kinds of core and a distance in it: performance/same-llc/efficiency, other-package-at-32.
+    degree = next((one for one in _WHERE if f"/{one}/" in f"/{placement.replace('-at-', '/')}/"), None)
     if degree is None:
         return f"at {placement}"
     words = _WHERE[degree][form]
@@ -190,6 +191,8 @@ def _sentence(group: Group, design: Mapping[str, Any], *, several: bool) -> Html
     if not _weight(worst)[0]:
         return _unharmed(victim, level, group, compared)
     metric = primary(worst) or {}
+    if metric.get("unit") == "%":
+        return _shares(victim, level, group, worst, compared, design)
     value, bounds = ratio_words(worst)
     name = metric_words(group.metric)
     told: list[object] = ["Beside ", *_aggressor(worst, design), f" {where(worst['placement'])}, "]
@@ -197,12 +200,46 @@ def _sentence(group: Group, design: Mapping[str, Any], *, several: bool) -> Html
         told += [victim, level, " reached ", _figure(value, bounds), f" of the {name} that it has alone"]
     else:
         told += [f"the {name} of ", victim, level, " was ", _figure(value, bounds), " times what it is alone"]
+    gentle = _gentle(worst, compared)
+    if gentle is not None:
+        told += [f"; with {_it(worst, design)} {where(gentle['placement'])}, ", _figure(*ratio_words(gentle))]
+    return join([*told, "."])
+
+
+def _shares(
+    victim: Html,
+    level: str,
+    group: Group,
+    worst: Mapping[str, Any],
+    compared: Sequence[Mapping[str, Any]],
+    design: Mapping[str, Any],
+) -> Html:
+    # Of a share of time the share itself is told: a ratio to next to nothing says little.
+    name = metric_words(group.metric)
+    told: list[object] = ["Beside ", *_aggressor(worst, design), f" {where(worst['placement'])}, the {name} of "]
+    told += [victim, level, " was ", _share(worst)]
+    gentle = _gentle(worst, compared)
+    if gentle is not None:
+        told += [f"; with {_it(worst, design)} {where(gentle['placement'])}, ", _share(gentle)]
+    if group.alone is not None:
+        told += ["; alone, ", _share(group.alone)]
+    return join([*told, "."])
+
+
+def _share(condition: Mapping[str, Any]) -> Html:
+    metric = primary(condition) or {}
+    value, _, bounds = quantity.interval(metric.get("median"), metric.get("ci"), "%").partition(" ")
+    return _figure(value, bounds)
+
+
+def _gentle(worst: Mapping[str, Any], compared: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     rest = [one for one in compared if one["aggressor"] == worst["aggressor"] and one is not worst]
     gentle = min(rest, key=lambda one: abs(cost(primary(one)) or 0.0), default=None)
-    if gentle is not None and _weight(gentle) < _weight(worst):
-        it = "them" if _count(worst, design) > 1 else "it"
-        told += [f"; with {it} {where(gentle['placement'])}, ", _figure(*ratio_words(gentle))]
-    return join([*told, "."])
+    return gentle if gentle is not None and _weight(gentle) < _weight(worst) else None
+
+
+def _it(condition: Mapping[str, Any], design: Mapping[str, Any]) -> str:
+    return "them" if _count(condition, design) > 1 else "it"
 
 
 def _unharmed(victim: Html, level: str, group: Group, compared: Sequence[Mapping[str, Any]]) -> Html:
