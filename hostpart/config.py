@@ -87,6 +87,7 @@ class VmConfig(Value):
     :ivar require: whether a level below ``isolation`` is an error
     :ivar mems: NUMA nodes that the guest's memory is bound to; empty: not bound
     :ivar on_drift: what to do when a vCPU leaves its pCPU, one of :data:`DRIFT_ANSWERS`
+    :ivar foreign_limit: percent of a pCPU's time that may go to others before the verdict is tainted
     :ivar user: name or number of the user the guest runs as; ``None``: the caller
     :ivar group: likewise, of its group
     :ivar sched: one of :data:`SCHED_POLICIES`
@@ -107,6 +108,7 @@ class VmConfig(Value):
     require: bool = False
     mems: CpuSet = CpuSet()
     on_drift: str = "warn"
+    foreign_limit: float = 1.0
     user: str | None = None
     group: str | None = None
     sched: str = "other"
@@ -354,6 +356,7 @@ def _read_vm(table: _Table) -> VmConfig:
         mems=table.read("mems", _cpu_set, VmConfig.mems),
         require=table.read("require", _flag, VmConfig.require),
         on_drift=table.read("on_drift", _one_of(DRIFT_ANSWERS), VmConfig.on_drift),
+        foreign_limit=table.read("foreign_limit", _percent, VmConfig.foreign_limit),
         user=table.read("user", _text, VmConfig.user),
         group=table.read("group", _text, VmConfig.group),
         sched=sched,
@@ -443,6 +446,12 @@ def _whole(value: object, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ValueError(f"want a whole number from {low} to {high}, got {_shown(value)}")
     return value
+
+
+def _percent(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:
+        raise ValueError(f"want a number of percent from 0 to 100, got {_shown(value)}")
+    return float(value)
 
 
 def _one_of(choices: tuple[str, ...]) -> Callable[[object], str]:
