@@ -206,21 +206,24 @@ def parse_schedstat(data: bytes) -> dict[int, int]:
     return {int(line[0][3:]): int(line[7]) for line in fields}
 
 
-def parse_interrupts(data: bytes) -> list[Interrupts]:
-    """Return the lines of a ``/proc/interrupts``; those that count for no CPU (``ERR``, ``MIS``) are left out."""
+def parse_interrupts(data: bytes, cpus: CpuSet | None = None) -> list[Interrupts]:
+    """Return the lines of a ``/proc/interrupts``; those that count for no CPU (``ERR``, ``MIS``) are left out.
+
+    :param cpus: count for these only; a large machine has a thousand lines of as many columns
+    """
     first, *lines = data.decode("utf-8", "backslashreplace").split("\n")
-    cpus = [int(word[3:]) for word in first.split()]
+    columns = [int(word[3:]) for word in first.split()]
+    wanted = [(at, cpu) for at, cpu in enumerate(columns) if cpus is None or cpu in cpus]
     found = []
     for line in lines:
         source, _, rest = line.partition(":")
-        words = rest.split(None, len(cpus))
-        if len(cpus) > len(words) or not all(word.isdecimal() for word in words[: len(cpus)]):
-            continue
-        name = words[len(cpus)].strip() if len(words) > len(cpus) else ""
+        words = rest.split(None, len(columns))
+        if len(words) <= len(columns):
+            continue  # every other line has a description
+        name = words[-1].strip()
         if source.strip().isdecimal():
             name = name.rpartition("  ")[2]  # after the chip and its pin: "IO-APIC   2-edge      timer"
-        counts = dict(zip(cpus, map(int, words[: len(cpus)]), strict=True))
-        found.append(Interrupts(source.strip(), name, counts))
+        found.append(Interrupts(source.strip(), name, {cpu: int(words[at]) for at, cpu in wanted}))
     return found
 
 
@@ -472,10 +475,10 @@ class Occupancy:
     def _interrupts(self) -> list[Interrupts] | None:
         if not self._first_interrupts:
             return None
-        begin = {one.source: one.counts for one in parse_interrupts(self._first_interrupts)}
+        begin = {one.source: one.counts for one in parse_interrupts(self._first_interrupts, self.pcpus)}
         return [
             one.replace(counts={cpu: _since(begin.get(one.source, {}).get(cpu, 0), n) for cpu, n in one.counts.items()})
-            for one in parse_interrupts(_read(self._host, "proc/interrupts"))
+            for one in parse_interrupts(_read(self._host, "proc/interrupts"), self.pcpus)
         ]
 
     def _read_rates(self, cpus: CpuSet) -> CpuSet:

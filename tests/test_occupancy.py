@@ -86,6 +86,16 @@ def test_interrupts_are_read_by_source_without_cpus_that_are_offline() -> None:
     assert [source for source, line in lines.items() if line.device] == ["24", "25"]
 
 
+def test_interrupts_are_counted_for_the_cpus_asked_for() -> None:
+    lines = parse_interrupts(INTERRUPTS, CpuSet.parse("1,3"))
+    assert {line.source: line.counts for line in lines}["24"] == {3: 1}
+
+
+def test_one_cpus_machine_has_errors_that_are_no_interrupts() -> None:
+    text = b"           CPU0\n  1:          9   IO-APIC   1-edge      i8042\nERR:          7\nMIS:          0\n"
+    assert parse_interrupts(text) == [Interrupts("1", "i8042", {0: 9})]
+
+
 def test_no_interrupts_are_none() -> None:
     assert parse_interrupts(b"") == []
 
