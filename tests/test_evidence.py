@@ -426,6 +426,9 @@ def test_a_guest_that_stays_is_held_with_its_figures(guest: Guest) -> None:
     assert (doc["verdict"], doc["reasons"]) == ("held", [])
     assert (vcpu["pcpu"], vcpu["cpus_seen"], vcpu["looks"], vcpu["exit"]) == (PIN, str(PIN), 3, {"code": 0})
     assert vcpu["affinity"] == {"start": str(PIN), "end": str(PIN)}
+    status = Path("/proc/self/status").read_text()
+    nodes = status.partition("\nMems_allowed_list:\t")[2].partition("\n")[0] or None
+    assert vcpu["mems"] == {"start": nodes, "end": nodes, "pages": None}
     assert vcpu["migrations"]["value"] in (0, None)
     if vcpu["run_ns"]["value"] is not None:
         assert 0.1 <= vcpu["run_ns"]["value"] / 1e9 < vcpu["user_s"]["value"] + vcpu["system_s"]["value"]

@@ -459,6 +459,22 @@ def test_a_search_names_who_ran_there_and_leaves_out_who_is_the_guests(
     assert not tasks[foreign].kernel
 
 
+@pytest.mark.usefixtures("two_pcpus")
+def test_what_a_task_ran_elsewhere_is_not_counted(pcpu: int, spinner: Callable[[int], int]) -> None:
+    (elsewhere, *_) = os.sched_getaffinity(0) - {pcpu}
+    moving = spinner(elsewhere)
+    seen = Occupancy([CpuSet.of([pcpu])], Host())
+    seen.start(Guest({}))
+    for _ in range(2):
+        seen.search(())
+        time.sleep(0.3)
+    os.sched_setaffinity(moving, {pcpu})
+    seen.look(Guest({}), (), CpuSet.of(os.sched_getaffinity(0)), search=True)
+    (task,) = [task for task in seen.found()[0].tasks if task.pid == moving]
+    assert task.seen == 1
+    assert task.run_ns < 0.6 * SECOND
+
+
 def test_no_search_is_made_for_a_guest_that_accounts_for_all(pcpu: int) -> None:
     pin = CpuSet.of([pcpu])
     seen = Occupancy([pin], Host())

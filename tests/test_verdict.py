@@ -125,6 +125,51 @@ def test_the_guests_own_processes_are_never_foreign(place: Place, pcpu: int, tmp
     assert not own & {task["pid"] for task in doc["pcpus"][0]["foreign_tasks"]}
 
 
+BURN = (
+    "import os, signal, time\n"
+    "def burn():\n    end = time.process_time() + 1\n    while time.process_time() < end: pass\n    os._exit(0)\n"
+)
+
+
+def test_an_orphans_time_is_the_guests_also_without_a_cgroup(nobodys_place: Place, pcpu: int) -> None:
+    # Its parent has ended at once; the VM ends when the vCPU's process does, which waits for a sign of the orphan's.
+    code = (
+        f"{BURN}read, write = os.pipe()\n"
+        "middle = os.fork()\n"
+        "if not middle:\n    if not os.fork(): burn()\n    os._exit(0)\n"
+        "os.waitpid(middle, 0); os.close(write); os.read(read, 1); time.sleep(0.1)"
+    )
+    path = nobodys_place.runtime / "e.json"
+    done = nobodys_place.run(
+        "run", "--pcpus", str(pcpu), "--evidence", str(path), "--", "/usr/bin/python3", "-c", code, cwd="/"
+    )
+    assert done.returncode == 0, done.stderr
+    (own,) = document(path)["pcpus"]
+    assert own["other_ns"]["guest_from"] == "tree"
+    assert own["other_ns"]["value"] < (own["interval_s"] - 0.95) * 1e9
+
+
+@pytest.mark.parametrize("who", ["place", "nobodys_place"])
+def test_children_that_nobody_waits_for_are_never_taken_for_others(
+    who: str, request: pytest.FixtureRequest, pcpu: int
+) -> None:
+    here: Place = request.getfixturevalue(who)
+    code = (
+        f"{BURN}signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+        "for _ in range(2):\n"
+        "    if not os.fork(): burn()\n"
+        "try:\n    os.wait()\nexcept ChildProcessError: pass"  # returns when there is no child any more
+    )
+    path = here.runtime / "e.json"
+    here.run("run", "--pcpus", str(pcpu), "--evidence", str(path), "--", "/usr/bin/python3", "-c", code, cwd="/")
+    (own,) = document(path)["pcpus"]
+    if own["other_ns"]["guest_from"] == "tree":
+        # The kernel has forgotten how long they ran: then nothing is said of others but of those that were found.
+        assert own["other_ns"]["value"] is None
+    else:
+        assert own["other_ns"]["value"] < (own["interval_s"] - 1.95) * 1e9
+
+
 def test_an_auditor_that_was_stopped_is_found_out(place: Place, pcpu: int, tmp_path: Path) -> None:
     path = tmp_path / "e.json"
     front = place.start(
@@ -191,8 +236,8 @@ def test_an_audit_from_outside_names_a_foreign_task_and_stays_off_the_pcpu(
     (doc,) = json.loads(done.stdout)["vms"]
     jsonschema.Draft202012Validator(SCHEMA).validate(doc)
     assert about(doc, "others ran", f"on pCPU {pcpu}")
-    assert spinner in {task["pid"] for task in doc["pcpus"][0]["foreign_tasks"]}
-    assert doc["vcpus"][0]["mems"]["start"] == doc["vcpus"][0]["mems"]["end"]
+    tasks = {task["pid"]: task for task in doc["pcpus"][0]["foreign_tasks"]}
+    assert tasks[spinner]["run_ns"] > 0
     if len(os.sched_getaffinity(0)) > 1:
         assert str(pcpu) not in doc["auditor"]["ran_on"].split(",")
         assert str(pcpu) not in doc["auditor"]["allowed"].split(",")
