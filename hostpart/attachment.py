@@ -12,7 +12,9 @@ import select
 import signal
 import time
 
-from . import __version__, control, evidence, procfs, recovery
+from . import __version__, control, evidence, procfs, recovery, tree
+from .auditor import Auditor
+from .cpuset import CpuSet
 from .device_model import Caller, DeviceModel
 from .errors import Failed, HostpartError, NotPermitted, UsageError, as_root, worded
 from .host import Host
@@ -24,6 +26,7 @@ from .isolation.watch import Watch
 from .keeper import PERIOD_S, ignore_terminal
 from .lease import Leases
 from .ledger import ATTACHED, Ledger, VmRow, boot_id
+from .occupancy import Guest, Occupancy, Occupied, process_ns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -74,7 +77,11 @@ class Attachment:
         self._notes: list[str] = []
         self._waiters: list[control.Request] = []
         self._records: dict[int, evidence.VcpuRecord] = {}
+        self._auditor = Auditor()
+        self._alive: dict[tuple[int, int], tuple[int, int]] = {}
+        self._ended_ns = 0
         self._stopping = False
+        self._occupancy: Occupancy
         self._watch: Watch
         self._server: control.Server
 
@@ -128,6 +135,8 @@ class Attachment:
             record = self._records[pid] = evidence.VcpuRecord(self.config.name, number, model.pcpus, pid, "smp")
             record.resting = evidence.resting([pid, *(one.pid for one in attached.family(self.ledger, pid))])
             record.start(evidence.look(pid))
+        self._occupancy = Occupancy([model.pcpus], self._host)
+        self._occupancy.start(self._guest(self._members()))
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):  # whoever waits for the end of what 'hostpart attach' prints does not wait for this one
             os.dup2(null, fd)
@@ -168,12 +177,32 @@ class Attachment:
             for request in self._server.requests():
                 self._answer(request)
             if time.monotonic() >= next_look:
-                self._look()
+                with self._auditor:
+                    self._look()
                 next_look = time.monotonic() + PERIOD_S
 
     def _look(self) -> None:
         quietly(self.ledger.directory, self._sample)  # as for the keeper of a guest
         self._watch.look()
+        self._measure()
+
+    def _measure(self) -> None:
+        members = self._members()
+        online = CpuSet.parse(self._host.read_text("sys/devices/system/cpu/online"))
+        self._occupancy.look(self._guest(members), {member.pid for member in members}, online)
+
+    def _members(self) -> list[tree.Member]:
+        tops = [top for pid in self._fds if (top := tree.member(pid)) is not None]
+        return [*tops, *(member for top in tops for member in attached.family(self.ledger, top.pid))]
+
+    def _guest(self, members: list[tree.Member]) -> Guest:
+        # Nobody here reaps them, so what has ended counts with what it had at the last look.
+        now = {(member.pid, member.start): (process_ns(member.pid) or 0, member.reaped) for member in members}
+        ended = [self._alive[key] for key in self._alive.keys() - now.keys() if key[0] in self.pids]
+        self._ended_ns += sum(ran_ns + reaped * Occupied.RESOLUTION_NS for ran_ns, reaped in ended)
+        self._alive = now
+        alive_ns = sum(ran_ns + reaped * Occupied.RESOLUTION_NS for ran_ns, reaped in now.values())
+        return Guest({self.model.pcpus: self._ended_ns + alive_ns})
 
     def _sample(self) -> None:
         for pid in self._fds:
@@ -225,6 +254,8 @@ class Attachment:
             circumstances=evidence.Circumstances(
                 breaches=tuple(self._watch.breaches),
                 shares_core=self.model.vm.placement.shares_core,
+                occupied=self._occupancy.found(),
+                auditor=self._auditor,
             ),
             notes=self._notes,
         )

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import psutil
 
 from . import __version__, evidence, tree
+from .auditor import Auditor
+from .cgroup import Leaf
 from .cpuset import CpuSet
+from .host import Host
+from .isolation import mems
 from .lease import Leases
+from .ledger import ATTACHED
+from .occupancy import Guest, Occupancy, times
 from .procfs import pinned_alone, start_time
 from .value import Value
 
@@ -57,35 +64,65 @@ class Audit(Value):
     tasks: tuple[Task, ...]
 
 
-def audit(vms: Sequence[Census], interval_s: float) -> list[Audit]:
-    """Look twice at every task of *vms*, at their leases, and at what else is pinned to their pCPUs.
+def audit(vms: Sequence[Census], interval_s: float, foreign_limit: float = evidence.FOREIGN_LIMIT) -> list[Audit]:
+    """Look twice at every task of *vms*, at their leases, and at what else runs on their pCPUs.
+
+    This thread stays off those meanwhile, as far as there are others.
 
     :param interval_s: between the two looks
+    :param foreign_limit: percent of a pCPU's time that may go to others
     """
+    before = os.sched_getaffinity(0)
+    apart = before - {cpu for vm in vms for cpu in _pcpus(vm)}
+    try:
+        if apart:
+            os.sched_setaffinity(0, apart)
+        return _audit(vms, interval_s, foreign_limit)
+    finally:
+        if apart:
+            os.sched_setaffinity(0, before)
+
+
+def _audit(vms: Sequence[Census], interval_s: float, foreign_limit: float) -> list[Audit]:
     started = time.time()
+    auditor, host = Auditor(), Host()
+    occupancy: dict[int, Occupancy] = {}
     records = {vm.row.id: _records(vm) for vm in vms}
     drifts: dict[int, dict[tuple[int, int], evidence.Drift]] = {vm.row.id: {} for vm in vms}
     readers = {vm.row.id: _Reader(vm) for vm in vms}
     for number in range(2):
-        for vm in vms:
-            members = tree.descendants(vm.row.keeper_pid)
-            for record in records[vm.row.id] if vm.attached else ():
-                members += [member for member in tree.descendants(record.pid) if member.pid != vm.row.keeper_pid]
-            rest = {member.pid for member in members}
-            for record in records[vm.row.id]:
-                seen = evidence.look(record.pid)
-                if vm.attached and not number:
-                    record.resting = evidence.resting([record.pid, *(one.pid for one in members)])
+        with auditor:
+            for vm in vms:
+                members = _members(vm, records[vm.row.id])
+                guests = [*members, *_attached(vm)]
+                own_ns = times(guests, {one.pid: one.pin for one in records[vm.row.id]})
+                usage_us = Leaf(vm.row.leaf).cpu_usage_us() if vm.row.leaf else None
+                guest = Guest(own_ns, None if usage_us is None else usage_us * 1000)
+                own = {member.pid for member in guests}
                 if number:
-                    record.update(seen)
+                    online = CpuSet.parse(host.read_text("sys/devices/system/cpu/online"))
+                    occupancy[vm.row.id].look(guest, own, online, search=True)
                 else:
-                    record.start(seen)
-                own = tree.below(members, record.pid)
-                rest -= {member.pid for member in own}
-                record.sample(own)
-            orphans = [member for member in members if member.pid in rest]
-            for drift in evidence.find_drifts(orphans, _pcpus(vm)):
-                drifts[vm.row.id].setdefault((drift.pid, drift.tid), drift)
+                    pins = [record.pin for record in records[vm.row.id]]
+                    occupancy[vm.row.id] = Occupancy(pins, host)
+                    occupancy[vm.row.id].start(guest)
+                    occupancy[vm.row.id].search(own)
+                rest = {member.pid for member in members}
+                for record in records[vm.row.id]:
+                    seen = evidence.look(record.pid)
+                    if vm.attached and not number:
+                        record.resting = evidence.resting([record.pid, *(one.pid for one in members)])
+                    if number:
+                        record.update(seen)
+                        record.pages = dict(mems.held(host, record.pid).pages) or None
+                    else:
+                        record.start(seen)
+                    own_members = tree.below(members, record.pid)
+                    rest -= {member.pid for member in own_members}
+                    record.sample(own_members)
+                orphans = [member for member in members if member.pid in rest]
+                for drift in evidence.find_drifts(orphans, _pcpus(vm)):
+                    drifts[vm.row.id].setdefault((drift.pid, drift.tid), drift)
         if not number:
             time.sleep(interval_s)
     leases = Leases()
@@ -100,12 +137,17 @@ def audit(vms: Sequence[Census], interval_s: float) -> list[Audit]:
             version=__version__,
             vm=vm.row.name,
             records=records[vm.row.id],
-            isolation={"asked": None, "reached": "affinity", "stopped_by": "", "remedy": ""},
+            isolation={"asked": None, "reached": vm.row.level, "stopped_by": "", "remedy": ""},
             period_s=None,
             started_s=started,
             ended_s=None,
             circumstances=evidence.Circumstances(
-                lost=_pcpus(vm) & free, drifts=tuple(drifts[vm.row.id].values()), foreign=foreign
+                lost=_pcpus(vm) & free,
+                drifts=tuple(drifts[vm.row.id].values()),
+                foreign=foreign,
+                occupied=occupancy[vm.row.id].found(),
+                foreign_limit=foreign_limit,
+                auditor=auditor,
             ),
         )
         pids = [pid for one in foreign.values() for pid in one]
@@ -115,6 +157,19 @@ def audit(vms: Sequence[Census], interval_s: float) -> list[Audit]:
 
 def _pcpus(vm: Census) -> CpuSet:
     return CpuSet.of(vcpu.pcpu for vcpu in vm.vcpus)
+
+
+def _members(vm: Census, records: Sequence[evidence.VcpuRecord]) -> list[tree.Member]:
+    members = tree.descendants(vm.row.keeper_pid)
+    for record in records if vm.attached else ():
+        members += [member for member in tree.descendants(record.pid) if member.pid != vm.row.keeper_pid]
+    return members
+
+
+def _attached(vm: Census) -> list[tree.Member]:
+    # The processes that it was given, which are above its members.
+    pids = vm.row.guest.removeprefix(ATTACHED).split() if vm.attached else ()
+    return [found for pid in pids if (found := tree.member(int(pid))) is not None]
 
 
 def _records(vm: Census) -> list[evidence.VcpuRecord]:

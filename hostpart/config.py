@@ -13,7 +13,19 @@ from .allocator import POLICIES, SMT_MODES, Request
 from .cpuset import MAX_CPUS, CpuSet
 from .errors import ConfigError
 from .isolation import LEVELS
-from .toml_table import Faults, Table, one_of, read_argv, read_file, read_flag, read_text, read_toml, read_whole, shown
+from .toml_table import (
+    Faults,
+    Table,
+    one_of,
+    read_argv,
+    read_file,
+    read_flag,
+    read_number,
+    read_text,
+    read_toml,
+    read_whole,
+    shown,
+)
 from .value import Value
 
 TYPE_CHECKING = False
@@ -81,6 +93,7 @@ class VmConfig(Value):
     :ivar require: whether a level below ``isolation`` is an error
     :ivar mems: NUMA nodes that the guest's memory is bound to; empty: not bound
     :ivar on_drift: what to do when a vCPU leaves its pCPU, one of :data:`DRIFT_ANSWERS`
+    :ivar foreign_limit: percent of a pCPU's time that may go to others before the verdict is tainted
     :ivar user: name or number of the user the guest runs as; ``None``: the caller
     :ivar group: likewise, of its group
     :ivar sched: one of :data:`SCHED_POLICIES`
@@ -101,6 +114,7 @@ class VmConfig(Value):
     require: bool = False
     mems: CpuSet = CpuSet()
     on_drift: str = "warn"
+    foreign_limit: float = 1.0
     user: str | None = None
     group: str | None = None
     sched: str = "other"
@@ -266,6 +280,7 @@ def _read_vm(table: Table) -> VmConfig:
         mems=table.read("mems", _cpu_set, VmConfig.mems),
         require=table.read("require", read_flag, VmConfig.require),
         on_drift=table.read("on_drift", one_of(DRIFT_ANSWERS), VmConfig.on_drift),
+        foreign_limit=table.read("foreign_limit", lambda value: read_number(value, 0, 100), VmConfig.foreign_limit),
         user=table.read("user", read_text, VmConfig.user),
         group=table.read("group", read_text, VmConfig.group),
         sched=sched,

@@ -18,7 +18,7 @@ import errno
 import os
 import time
 
-from . import procfs
+from . import occupancy, procfs
 from .cpuset import CpuSet
 from .host import Host
 from .value import Value
@@ -29,11 +29,14 @@ if TYPE_CHECKING:
     from resource import struct_rusage
     from typing import Any
 
+    from .auditor import Auditor
+    from .occupancy import Occupied
     from .tree import Member
 
     Resting = dict[tuple[int, int], int]  # thread id and start time: how often it had been scheduled in
 
 __all__ = [
+    "FOREIGN_LIMIT",
     "Circumstances",
     "Drift",
     "Look",
@@ -48,6 +51,8 @@ __all__ = [
 # A look is late when it comes this many periods, and this many seconds, after the one before.
 _LATE_PERIODS, _LATE_S = 5, 0.5
 _PIDS_TOLD = 5  # a reason is a sentence
+_TOLD = 10  # foreign tasks, and interrupts, of one pCPU: the weightiest
+FOREIGN_LIMIT = 1.0  # percent of a pCPU's time that may go to others before it taints
 
 
 class Look(Value):
@@ -67,6 +72,8 @@ class Look(Value):
     :ivar threads: how many the process has
     :ivar start: when the process started, in clock ticks since boot; 0 where it was gone
     :ivar comm: the kernel's name of the main thread
+    :ivar mems: the NUMA nodes that its memory may come from
+    :ivar forgets_children: whether nobody is told how long its children ran
     """
 
     mono_s: float
@@ -84,6 +91,8 @@ class Look(Value):
     threads: int | None = None
     start: int = 0
     comm: str = "?"
+    mems: CpuSet | None = None
+    forgets_children: bool | None = None
 
 
 class Drift(Value):
@@ -135,6 +144,9 @@ class Circumstances(Value):
     :ivar leftovers: how many of the guest's processes outlived its vCPUs and had to be ended
     :ivar shares_core: pCPUs of the VM whose core the service VM shares
     :ivar breaches: when the kernel did not keep others off, a sentence each
+    :ivar occupied: what each pCPU of the VM did beside the guest
+    :ivar foreign_limit: percent of a pCPU's time that may go to others, and to each kind of interruption
+    :ivar auditor: the looks' own account; ``None``: it was not kept
     """
 
     lost: CpuSet = CpuSet()
@@ -144,6 +156,9 @@ class Circumstances(Value):
     leftovers: int = 0
     shares_core: CpuSet = CpuSet()
     breaches: tuple[str, ...] = ()
+    occupied: tuple[Occupied, ...] = ()
+    foreign_limit: float = FOREIGN_LIMIT
+    auditor: Auditor | None = None
 
 
 class Verdict(Value):
@@ -160,6 +175,8 @@ class VcpuRecord:
     :param kind: what runs on it: ``command``, ``python`` or ``smp``
     :ivar resting: threads that were put there in their sleep, from :func:`resting`: where they ran last was before it,
         for as long as they have not run again
+    :ivar pages: how many pages of its memory are on each NUMA node, where somebody has asked; see
+        :func:`hostpart.isolation.mems.held`
     """
 
     def __init__(self, vm: str, vcpu: int, pin: CpuSet, pid: int, kind: str = "command") -> None:
@@ -175,6 +192,7 @@ class VcpuRecord:
         self.seen = CpuSet()
         self.drift: Drift | None = None
         self.resting: Resting = {}
+        self.pages: Mapping[int, int] | None = None
         self._last_s: float | None = None
         self._new: list[Drift] = []
         self._drifting: set[tuple[int, int]] = set()
@@ -272,6 +290,7 @@ class VcpuRecord:
 
     def _document(self) -> dict[str, Any]:
         mask = {"start": self.first and self.first.allowed, "end": self.latest and self.latest.allowed}
+        mems = {"start": self.first and self.first.mems, "end": self.latest and self.latest.mems}
         return {
             "vcpu": self.vcpu,
             "pcpu": self.pin.lowest if len(self.pin) == 1 else None,
@@ -280,6 +299,10 @@ class VcpuRecord:
             "kind": self.kind,
             "affinity": {when: None if cpus is None else str(cpus) for when, cpus in mask.items()},
             "cpus_seen": str(self.seen) if self.seen else None,
+            "mems": {
+                **{when: None if nodes is None else str(nodes) for when, nodes in mems.items()},
+                "pages": None if self.pages is None else {str(node): count for node, count in self.pages.items()},
+            },
             "looks": self.looks,
             "longest_gap_s": _rounded(self.longest_gap_s),
             "tasks_seen": self.tasks or None,
@@ -313,6 +336,8 @@ def look(pid: int) -> Look:
         threads=stat.threads,
         start=stat.start,
         comm=stat.comm,
+        mems=status.mems,
+        forgets_children=status.forgets_children,
     )
 
 
@@ -362,6 +387,10 @@ def verdict(
         if period_s is not None and record.longest_gap_s > _LATE_PERIODS * period_s + _LATE_S:
             gap = f"{record.longest_gap_s:.1f} s, where a look every {period_s:g} s was meant"
             tainted.append(f"{_name(record)} was not looked at for {gap}")
+    pcpus = CpuSet.of(one.pcpu for one in circumstances.occupied)
+    if circumstances.auditor is not None and circumstances.auditor.seen & pcpus:
+        tainted.append(f"the auditor itself ran on pCPU {circumstances.auditor.seen & pcpus}")
+    tainted += occupancy.taints(circumstances.occupied, circumstances.foreign_limit / 100)
     tainted += [
         f"foreign processes may run on pCPU {cpu} only: pid {_some(pids)}"
         for cpu, pids in sorted(circumstances.foreign.items())
@@ -400,8 +429,8 @@ def document(
     :param notes: what happened meanwhile that a reader should know, a sentence each
     :param error: why there was no run, or no whole one; without records there is no verdict then
     """
-    host = host or Host()
-    judged = verdict(records, period_s, circumstances or Circumstances(), live=ended_s is None)
+    host, circumstances = host or Host(), circumstances or Circumstances()
+    judged = verdict(records, period_s, circumstances, live=ended_s is None)
     nothing = error is not None and not records
     try:
         boot_id = host.read_text("proc/sys/kernel/random/boot_id").strip()
@@ -421,8 +450,11 @@ def document(
         "reasons": [] if nothing else list(judged.reasons),
         "notes": list(notes),
         "vcpus": [record._document() for record in records],
+        "pcpus": [_pcpu_document(one) for one in circumstances.occupied],
+        "foreign_limit_percent": circumstances.foreign_limit,
+        "auditor": circumstances.auditor and circumstances.auditor.to_json(),
         "cpu_us": {"value": cpu_us, "covers": "tree"},
-        "unseen": _unseen(period_s, records),
+        "unseen": _unseen(period_s, records, str(isolation.get("reached"))),
         **({} if error is None else {"error": dict(error)}),
     }
 
@@ -505,16 +537,53 @@ def _exit(status: int | None) -> dict[str, int] | None:
     return {"code": code} if code >= 0 else {"signal": -code}
 
 
-def _unseen(period_s: float | None, records: Sequence[VcpuRecord]) -> str:
+def _pcpu_document(one: Occupied) -> dict[str, Any]:
+    lines, rate = one.interrupts, one.khz
+    return {
+        "pcpu": one.pcpu,
+        "interval_s": round(one.interval_ns / 1e9, 6),
+        "other_ns": {
+            "value": one.other_ns,
+            "over": str(one.over),
+            "resolution_ns": one.RESOLUTION_NS,
+            "guest_from": one.guest_from,
+        },
+        "tasks_ns": {
+            "value": one.tasks_ns,
+            "over": str(one.over),
+            "resolution_ns": one.tasks_resolution_ns,
+            "from": one.tasks_from,
+        },
+        "irq_ns": one.irq_ns,
+        "softirq_ns": one.softirq_ns,
+        "steal_ns": one.steal_ns,
+        "foreign_tasks": [
+            {name: value for name, value in task.asdict().items() if name != "pcpu"} for task in one.tasks[:_TOLD]
+        ],
+        "foreign_tasks_more": max(0, len(one.tasks) - _TOLD),
+        "interrupts": None
+        if lines is None
+        else [{"source": line.source, "name": line.name, "count": line.counts[one.pcpu]} for line in lines[:_TOLD]],
+        "interrupts_more": None if lines is None else max(0, len(lines) - _TOLD),
+        "khz": None if rate is None else {"min": rate[0], "max": rate[1]},
+        "events": [{"at": _utc(event.at_s), "online": event.online} for event in one.events],
+    }
+
+
+def _unseen(period_s: float | None, records: Sequence[VcpuRecord], level: str) -> str:
     counted = all(record.migrations is not None for record in records) and bool(records)
-    return (
-        (
-            f"Looks were meant to be {period_s:g} s apart"
-            if period_s
-            else "There were looks at the start and at the end only"
+    apart = f"Looks were meant to be {period_s:g} s apart" if period_s else "There were looks at the start and end only"
+    text = f"{apart}: a task whose mask was changed and changed back between two looks is not seen"
+    text += "; of each main thread the kernel's count of moves covers the time between" if counted else ""
+    if level in ("cpuset", "full"):
+        text += f". Isolation {level!r} leaves little to miss: the kernel refuses others' tasks the VM's pCPUs, and the"
+        return (
+            text
+            + " VM's tasks all others; between the VM's own pCPUs they can still move, and the kernel's threads stay."
         )
-        + ": a task whose mask was changed and changed back between two looks is not seen at this level"
-        + ("; of each main thread the kernel's count of moves covers the time between." if counted else ".")
+    text += f". At isolation {level!r} nothing prevents that: 'cpuset' does, where the kernel refuses such a mask. "
+    return (
+        text + "Foreign tasks are named where they are found at a look; what came and went between counts as time only."
     )
 
 

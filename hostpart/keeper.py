@@ -17,6 +17,7 @@ from workers import crash
 from workers.vcpu import prctl
 
 from . import __version__, cgroup, control, evidence, recovery, tree
+from .auditor import Auditor
 from .channel import Channel
 from .cpuset import CpuSet
 from .device_model import Caller, DeviceModel
@@ -27,17 +28,20 @@ from .isolation import Isolation, Wish
 from .isolation.turn import quietly
 from .lease import Holder, Leases, Line
 from .ledger import Ledger, VmRow, boot_id
+from .occupancy import Guest, Occupancy, process_ns, times
 from .procfs import pinned_alone, read_stat, start_time, threads
 from .topology import read_topology
 from .value import Value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+    from resource import struct_rusage
     from typing import Any, NoReturn
 
     from .config import ServiceVm, VmConfig
     from .isolation.watch import Watch
+    from .occupancy import Occupied
     from .topology import Topology
 
 __all__ = ["Options", "adopt", "fork_beside", "fork_keeper", "ignore_terminal"]
@@ -171,6 +175,10 @@ class Keeper:
         self.isolation = Isolation("affinity", "affinity")
         self._watch: Watch | None = None
         self._cpu_us: int | None = None
+        self._occupancy: Occupancy | None = None
+        self._occupied: tuple[Occupied, ...] = ()
+        self._auditor = Auditor()
+        self._orphans_ns: dict[CpuSet, int] = {}
 
     def run(self) -> NoReturn:
         """Run the VM's whole life and end the process."""
@@ -273,6 +281,9 @@ class Keeper:
         )
         if self.options.hold:
             self._await_word()
+        self._occupancy = Occupancy([record.pin for record in self.records.values()], self._host)
+        self._occupancy.start(self._guest({record.pin: process_ns(pid) or 0 for pid, record in self.records.items()}))
+        self._auditor = Auditor()
         self.started = time.time()
         self.model.vm_start()
         self.model.lock_memory()
@@ -430,7 +441,8 @@ class Keeper:
             if self._grace_until is not None and now >= self._grace_until:
                 return
             if now >= self._next_look:
-                self._look()
+                with self._auditor:
+                    self._look()
                 self._next_look = max(self._next_look + PERIOD_S, time.monotonic() + PERIOD_S / 2)
         if status_open:
             self.model.hear()
@@ -468,9 +480,12 @@ class Keeper:
         # While it is a zombie its last figures can still be read; wait4 gives the totals and ends that.
         record = self.records.get(pid)
         last = evidence.look(pid) if record else None
+        stat = None if record else read_stat(pid)
         _, status, usage = os.wait4(pid, 0)
         if record is not None and last is not None:
             record.end(last, usage, status)
+        elif stat is not None:
+            self._count_orphan(stat.processor, _time_ns(usage))
         if pid in self.model.pids:
             self.model.worker_ended(pid, status)
 
@@ -478,6 +493,7 @@ class Keeper:
         members = tree.descendants(os.getpid())
         # Kernels before 6.2 give guests other masks while a VM comes or goes.
         quietly(self.ledger.directory, lambda: self._sample(members))
+        self._measure(members)
         lost, again, gone = self.model.leases_lost()
         self._lost |= lost
         if again:
@@ -490,10 +506,6 @@ class Keeper:
                 f"the lease on pCPU {gone} was let go by a process that inherited it, {who} has it now: the VM is ended"
             )
             self._stop(0.0)
-        gone_off = self.model.pcpus - CpuSet.parse(self._host.read_text("sys/devices/system/cpu/online"))
-        if gone_off - self._offline:
-            self._note(f"pCPU {gone_off - self._offline} went offline under VM {self.config.name!r}")
-        self._offline |= gone_off
         if self._watch is not None and not self._stopping:
             self._watch.look()
         self._look_at_foreigners({member.pid for member in members})
@@ -514,6 +526,37 @@ class Keeper:
             self._drifts.setdefault((drift.pid, drift.tid), drift)
             astray.append((drift, self.model.pcpus))
         self._handle(astray)
+
+    def _measure(self, members: Sequence[tree.Member]) -> None:
+        if self._occupancy is None:
+            return
+        online = CpuSet.parse(self._host.read_text("sys/devices/system/cpu/online"))
+        pins = {pid: record.pin for pid, record in self.records.items()}
+        guest = self._guest(times(members, pins))
+        self._occupancy.look(guest, {member.pid for member in members}, online)
+        gone_off = (self.model.pcpus - online) | self._occupancy.went_offline
+        if gone_off - self._offline:
+            self._note(f"pCPU {gone_off - self._offline} went offline under VM {self.config.name!r}")
+        self._offline |= gone_off
+
+    def _guest(self, alive_ns: Mapping[CpuSet, int]) -> Guest:
+        # How long the guest has run by now: what is alive, what has ended, and the orphans that came here to end.
+        own_ns = dict(self._orphans_ns)
+        for pin, ran_ns in alive_ns.items():
+            own_ns = _plus(own_ns, pin, ran_ns)
+        for record in self.records.values():
+            if record.rusage is not None:
+                own_ns = _plus(own_ns, record.pin, _time_ns(record.rusage))
+        usage_us = self.model.leaf.cpu_usage_us() if self.model.leaf is not None else None
+        forgets = any(record.latest is not None and record.latest.forgets_children for record in self.records.values())
+        return Guest(own_ns, None if usage_us is None else usage_us * 1000, not forgets)
+
+    def _count_orphan(self, cpu: int, ran_ns: int) -> None:
+        self._orphans_ns = _plus(self._orphans_ns, self._pin_of(cpu), ran_ns)
+
+    def _pin_of(self, cpu: int) -> CpuSet:
+        # Whose an orphan was is not known any more, but where it ran is; one that was elsewhere counts for nothing.
+        return next((record.pin for record in self.records.values() if cpu in record.pin), CpuSet())
 
     def _look_at_foreigners(self, ours: set[int]) -> None:
         found = {cpu: set(pids) - ours for cpu, pids in pinned_alone().items() if cpu in self.model.pcpus}
@@ -589,7 +632,9 @@ class Keeper:
                     Failed(f"the keeper does not know {request.what!r}", "use the hostpart that started the VM")
                 )
                 return
-            self._look()
+            with self._auditor:
+                self._look()
+                self._occupied = self._occupancy.found() if self._occupancy is not None else ()
             request.reply({"evidence": self._document(), "state": self._state()})
         except HostpartError as error:
             request.refuse(error)
@@ -605,6 +650,7 @@ class Keeper:
         if model is None:
             return
         model.cancel()
+        self._measure_last()
         self._finish_tree()
         self._tell_stops()
         self._cpu_us = model.leaf.cpu_usage_us() if model.leaf else None
@@ -629,6 +675,17 @@ class Keeper:
         for log in model.logs:
             log.drain(max(0.0, until - time.monotonic()))
         self.ledger.close()
+
+    def _measure_last(self) -> None:
+        # Before what is left of the guest is ended and the host is put back: interrupts come back then.
+        if self._occupancy is None or self.front.ended:
+            return
+        try:
+            with self._auditor:
+                self._measure(tree.descendants(os.getpid()))
+                self._occupied = self._occupancy.found()
+        except OSError as error:  # no descriptors, no memory: what is left has to be ended all the same
+            self._note(f"the last look at the pCPUs failed: {error.strerror}")
 
     def _finish_tree(self) -> None:
         # Counted before they are ended: a leaf's end is one write, and then nobody can tell how many there were.
@@ -666,6 +723,9 @@ class Keeper:
                 leftovers=self._leftovers,
                 shares_core=self.model.vm.placement.shares_core,
                 breaches=tuple(self._watch.breaches) if self._watch else (),
+                occupied=self._occupied,
+                foreign_limit=self.config.foreign_limit,
+                auditor=self._auditor,
             ),
             cpu_us=self._cpu_us if ended_s else self.model.leaf.cpu_usage_us() if self.model.leaf else None,
             notes=self._notes,
@@ -687,6 +747,14 @@ def _guest_text(config: VmConfig) -> str:
     text = f"python {guest.target}" if guest.kind == "python" else " ".join(guest.argv)
     # An argument may be any bytes; the ledger holds text only.
     return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def _time_ns(usage: struct_rusage) -> int:
+    return round((usage.ru_utime + usage.ru_stime) * 1e9)
+
+
+def _plus(times: Mapping[CpuSet, int], pin: CpuSet, ran_ns: int) -> dict[CpuSet, int]:
+    return {**times, pin: times.get(pin, 0) + ran_ns}
 
 
 def _ended(pid: int) -> bool:

@@ -15,6 +15,7 @@ to :mod:`hostpart.tree`.
 from __future__ import annotations
 
 import os
+import signal
 
 from .cpuset import CpuSet
 from .value import Value
@@ -55,6 +56,8 @@ class Stat(Value):
     :ivar start: when it started, in clock ticks since boot
     :ivar processor: Linux's number of the CPU it runs on, or ran on last: after a change of mask it stays
         as it was until the task runs again
+    :ivar cutime: user time in clock ticks of the children that it has waited for, and that these have
+    :ivar cstime: system time, likewise
 
     Source: proc_pid_stat(5).
     """
@@ -73,6 +76,13 @@ class Stat(Value):
     threads: int
     start: int
     processor: int
+    cutime: int = 0
+    cstime: int = 0
+
+    @property
+    def kernel(self) -> bool:
+        """Whether it is a kernel thread."""
+        return bool(self.flags & _PF_KTHREAD)
 
     @property
     def dead(self) -> bool:
@@ -89,6 +99,8 @@ class Status(Value):
     :ivar involuntary: switches because something else was to run, likewise
     :ivar rss_bytes: resident memory of the process
     :ivar locked_bytes: memory of the process locked into RAM
+    :ivar mems: the NUMA nodes that its memory may come from
+    :ivar forgets_children: whether it ignores SIGCHLD: nobody is told how long its children ran then
     """
 
     uid: int | None
@@ -97,6 +109,8 @@ class Status(Value):
     involuntary: int | None
     rss_bytes: int | None
     locked_bytes: int | None
+    mems: CpuSet | None = None
+    forgets_children: bool | None = None
 
 
 def start_time(pid: int) -> int | None:
@@ -131,6 +145,8 @@ def read_stat(pid: int, tid: int | None = None) -> Stat | None:
         int(field[17]),
         int(field[19]),
         int(field[36]),
+        int(field[13]),
+        int(field[14]),
     )
 
 
@@ -141,6 +157,7 @@ def read_status(pid: int, tid: int | None = None) -> Status | None:
         return None
     mask = _after(data, b"\nCpus_allowed_list:")
     rss, locked = _number(data, b"\nVmRSS:"), _number(data, b"\nVmLck:")
+    mems, ignored = _after(data, b"\nMems_allowed_list:"), _after(data, b"\nSigIgn:")
     return Status(
         uid=_number(data, b"\nUid:"),
         allowed=None if mask is None else CpuSet.parse(mask.decode("ascii")),
@@ -148,6 +165,8 @@ def read_status(pid: int, tid: int | None = None) -> Status | None:
         involuntary=_number(data, b"\nnonvoluntary_ctxt_switches:"),
         rss_bytes=None if rss is None else rss * 1024,
         locked_bytes=None if locked is None else locked * 1024,
+        mems=None if mems is None else CpuSet.parse(mems.decode("ascii")),
+        forgets_children=None if ignored is None else bool(int(ignored, 16) >> signal.SIGCHLD - 1 & 1),
     )
 
 
@@ -233,7 +252,7 @@ def environ_block(pid: int) -> bytes | None:
 def is_kthread(pid: int) -> bool:
     """Whether *pid* is a kernel thread (not: a process that is gone)."""
     stat = read_stat(pid)
-    return stat is not None and bool(stat.flags & _PF_KTHREAD)
+    return stat is not None and stat.kernel
 
 
 def processes() -> list[int]:

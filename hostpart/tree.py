@@ -26,7 +26,19 @@ if TYPE_CHECKING:
 
     from .procfs import Stat
 
-__all__ = ["Ended", "Frozen", "Member", "below", "descendants", "end", "find_by_environment", "freeze", "kill", "thaw"]
+__all__ = [
+    "Ended",
+    "Frozen",
+    "Member",
+    "below",
+    "descendants",
+    "end",
+    "find_by_environment",
+    "freeze",
+    "kill",
+    "member",
+    "thaw",
+]
 
 _WALL = 0x40000000  # __WALL of <linux/wait.h>: children of any kind of clone(2)
 _SETTLE_S = 0.1  # how long a look that can't get any better is repeated
@@ -40,6 +52,7 @@ class Member(Value):
     :ivar parent: its parent's pid
     :ivar depth: 1 for a child of the root; 0 where no root was walked from
     :ivar state: the letter of ``/proc/PID/stat``; from :func:`freeze`, of a thread that had not stopped
+    :ivar reaped: how long the children that it has waited for ran, and theirs, in clock ticks
     """
 
     pid: int
@@ -47,6 +60,7 @@ class Member(Value):
     parent: int
     depth: int
     state: str
+    reaped: int = 0
 
 
 class Frozen(Value):
@@ -91,6 +105,12 @@ def descendants(root: int, skip: Collection[int] = ()) -> list[Member]:
     :param skip: pids to leave out, with everything below them
     """
     return [_member(stat, depth) for stat, depth in _walk(root, skip)]
+
+
+def member(pid: int) -> Member | None:
+    """Return process *pid* as a root, at depth 0; None if it is gone, or a zombie."""
+    stat = procfs.read_stat(pid)
+    return None if stat is None or stat.dead else _member(stat, 0)
 
 
 def below(members: Iterable[Member], pid: int) -> list[Member]:
@@ -248,7 +268,7 @@ def _depth(member: Member) -> int:
 
 
 def _member(stat: Stat, depth: int, state: str = "") -> Member:
-    return Member(stat.pid, stat.start, stat.ppid, depth, state or stat.state)
+    return Member(stat.pid, stat.start, stat.ppid, depth, state or stat.state, stat.cutime + stat.cstime)
 
 
 def _send(member: Member, number: int) -> bool:

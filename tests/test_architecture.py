@@ -21,7 +21,7 @@ LAYERS = (
     ("errors",),
     ("host", "procfs", "channel", "memlock", "systemd", "toml_table"),
     ("madt", "tree", "cgroup", "lease", "ledger", "rehearsal"),
-    ("topology", "control", "hypercall", "isolation"),
+    ("topology", "control", "hypercall", "isolation", "occupancy", "auditor"),
     ("allocator", "recovery", "evidence"),
     ("config", "hypervisor", "census"),
     ("vhm", "audit"),

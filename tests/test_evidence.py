@@ -16,9 +16,11 @@ import jsonschema
 import pytest
 
 from hostpart import evidence, procfs, tree
+from hostpart.auditor import Auditor
 from hostpart.cli.evidence import summary
 from hostpart.cpuset import CpuSet
 from hostpart.evidence import Circumstances, Drift, Look, VcpuRecord
+from hostpart.occupancy import Event, ForeignTask, Interrupts, Occupied
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -69,6 +71,29 @@ def ended(first: Look | None, last: Look | None, pin: str = "2", kind: str = "co
     if last is not None:
         record.end(last, None, 0)
     return record
+
+
+BUSY = Occupied(
+    2,
+    CpuSet.parse("2"),
+    2_000_000_000,
+    other_ns=500_000_000,
+    tasks_ns=400_000_000,
+    irq_ns=0,
+    softirq_ns=20_000_000,
+    interrupts=tuple(Interrupts(str(n), f"dev{n}", {2: 100 - n}) for n in range(12)),
+    tasks=tuple(ForeignTask(2, 70 + n, 70 + n, f"cc{n}", kernel=False, seen=1, run_ns=12 - n) for n in range(12)),
+    khz=(800_000, 3_500_000),
+    events=(Event(1_700_000_000.5, 2, online=False),),
+)
+
+
+class Strayed(Auditor):
+    """An auditor that was on CPU 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = self.allowed = CpuSet.parse("2")
 
 
 DRIFT = Drift(0.0, 5, 6, 1, "sh", CpuSet.parse("2"), "ran", CpuSet.parse("3"))
@@ -141,6 +166,23 @@ DRIFT = Drift(0.0, 5, 6, 1, "sh", CpuSet.parse("2"), "ran", CpuSet.parse("3"))
             ended(a_look(), a_look()), {"foreign": {2: [70, 71]}}, "tainted", "pCPU 2 only: pid 70, 71", id="foreign"
         ),
         pytest.param(
+            ended(a_look(), a_look()),
+            {"occupied": (BUSY,)},
+            "tainted",
+            "others ran 0.40 s (20%) on pCPU 2: 'cc0' (pid 70)",
+            id="others",
+        ),
+        pytest.param(
+            ended(a_look(), a_look()), {"occupied": (BUSY,), "foreign_limit": 25.0}, "held", None, id="as many as may"
+        ),
+        pytest.param(
+            ended(a_look(), a_look()),
+            {"occupied": (BUSY,), "foreign_limit": 100.0, "auditor": Strayed()},
+            "tainted",
+            "the auditor itself ran on pCPU 2",
+            id="the auditor",
+        ),
+        pytest.param(
             ended(a_look(), a_look()), {"leftovers": 2}, "tainted", "2 processes of the guest outlived", id="leftovers"
         ),
         pytest.param(
@@ -202,6 +244,49 @@ def test_figures_count_from_the_start_and_say_what_they_cover() -> None:
     assert (vcpu["looks"], vcpu["longest_gap_s"]) == (2, 1.0)
 
 
+def test_what_a_pcpu_did_is_told_with_its_weightiest_parts() -> None:
+    doc = write_up([ended(a_look(), a_look())], circumstances=Circumstances(occupied=(BUSY,), auditor=Strayed()))
+    (pcpu,) = doc["pcpus"]
+    assert (pcpu["pcpu"], pcpu["interval_s"], pcpu["irq_ns"], pcpu["steal_ns"]) == (2, 2.0, 0, None)
+    assert pcpu["other_ns"] == {
+        "value": 500_000_000,
+        "over": "2",
+        "resolution_ns": 10_000_000,
+        "guest_from": "tree",
+    }
+    assert pcpu["tasks_ns"]["from"] == "stat"
+    assert [task["comm"] for task in pcpu["foreign_tasks"]] == [f"cc{n}" for n in range(10)]
+    assert pcpu["interrupts"][0] == {"source": "0", "name": "dev0", "count": 100}
+    assert (len(pcpu["interrupts"]), pcpu["interrupts_more"], pcpu["foreign_tasks_more"]) == (10, 2, 2)
+    assert pcpu["khz"] == {"min": 800_000, "max": 3_500_000}
+    assert pcpu["events"] == [{"at": "2023-11-14T22:13:20.500Z", "online": False}]
+    assert (doc["foreign_limit_percent"], doc["auditor"]["ran_on"], doc["auditor"]["looks"]) == (1.0, "2", 0)
+
+
+@pytest.mark.parametrize("level", ["affinity", "sweep", "cpuset", "full"])
+def test_what_cannot_be_seen_is_said_with_the_level_that_prevents_it(level: str) -> None:
+    unseen = write_up([], isolation={"asked": level, "reached": level})["unseen"]
+    assert "changed and changed back between two looks is not seen" in unseen
+    assert ("nothing prevents that: 'cpuset' does" in unseen) == (level in ("affinity", "sweep"))
+
+
+def test_an_auditor_counts_its_looks_and_what_they_cost() -> None:
+    auditor = Auditor()
+    assert auditor.to_json() | {"cpu_ns_per_s": 0} == {
+        "allowed": None, "ran_on": None, "looks": 0, "cpu_ns": 0, "cpu_ns_per_s": 0,
+    }  # fmt: skip
+    for _ in range(2):
+        with auditor:
+            end = time.thread_time() + 0.05
+            while time.thread_time() < end:
+                pass
+    told = auditor.to_json()
+    assert told["looks"] == 2
+    assert 100_000_000 <= told["cpu_ns"] < 1_000_000_000
+    assert 0 < told["cpu_ns_per_s"] <= 1_000_000_000
+    assert CpuSet.parse(told["ran_on"]) <= CpuSet.parse(told["allowed"]) <= CpuSet.of(ALL)
+
+
 def test_a_run_that_never_began_has_an_error_and_no_verdict() -> None:
     doc = write_up([], error={"exit_code": 3, "message": "4 pCPUs wanted, 1 free"})
     assert (doc["verdict"], doc["vcpus"], doc["error"]["exit_code"]) == (None, [], 3)
@@ -215,7 +300,7 @@ def test_times_are_utc_and_the_host_is_named() -> None:
     assert doc["cpu_us"] == {"value": 12, "covers": "tree"}
     assert doc["notes"] == ["it was paused"]
     assert "0.25 s apart" in doc["unseen"]
-    assert "at the start and at the end only" in write_up([], period_s=None)["unseen"]
+    assert "at the start and end only" in write_up([], period_s=None)["unseen"]
 
 
 @pytest.mark.parametrize(
@@ -252,6 +337,11 @@ def test_the_summary_shows_each_vcpu_and_the_verdict_with_its_reasons() -> None:
     assert lines[3] == "rt: tainted"
     assert lines[4].strip() == "1 process of the guest outlived its vCPUs and had to be ended"
     assert "\x1b" not in summary(doc)
+    doc = write_up([killed], circumstances=Circumstances(occupied=(BUSY, BUSY.replace(pcpu=3, interrupts=None))))
+    lines = summary(doc).splitlines()
+    assert lines[2].split()[:3] == ["pCPU", "others", "s"]
+    assert lines[3].split() == ["2", "0.5", "0", "20", "-", "100", "dev0", "cc0", "(70)"]
+    assert lines[4].split() == ["3", "0.5", "on", "2", "0", "20", "-", "-", "cc0", "(70)"]
     assert "\x1b" in summary(doc, colour=True)
 
 
@@ -336,6 +426,9 @@ def test_a_guest_that_stays_is_held_with_its_figures(guest: Guest) -> None:
     assert (doc["verdict"], doc["reasons"]) == ("held", [])
     assert (vcpu["pcpu"], vcpu["cpus_seen"], vcpu["looks"], vcpu["exit"]) == (PIN, str(PIN), 3, {"code": 0})
     assert vcpu["affinity"] == {"start": str(PIN), "end": str(PIN)}
+    status = Path("/proc/self/status").read_text()
+    nodes = status.partition("\nMems_allowed_list:\t")[2].partition("\n")[0] or None
+    assert vcpu["mems"] == {"start": nodes, "end": nodes, "pages": None}
     assert vcpu["migrations"]["value"] in (0, None)
     if vcpu["run_ns"]["value"] is not None:
         assert 0.1 <= vcpu["run_ns"]["value"] / 1e9 < vcpu["user_s"]["value"] + vcpu["system_s"]["value"]

@@ -18,7 +18,7 @@ __all__ = ["add", "run"]
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
-        "Look twice at every task of your running VMs, at their leases and at what else is pinned to their\n"
+        "Look twice at every task of your running VMs, at their leases and at what else runs on their\n"
         "pCPUs, and judge: held, tainted or broken. The VMs' keepers are not asked, so a stopped or a lying one\n"
         "changes nothing."
     )
@@ -28,6 +28,10 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--interval", type=options.seconds, default=0.5, metavar="SECONDS", help="between the two looks (default: 0.5)"
     )
     parser.add_argument("--strict", action="store_true", help="exit 5 if a partition does not hold")
+    parser.add_argument(
+        "--foreign-limit", type=options.percent, default=1.0, metavar="PERCENT",
+        help="how much of a pCPU's time others may take before the verdict is tainted (default: 1)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -38,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     for name in args.vm:
         if name not in names:
             raise UnknownVm(name, names)
-    found = audit([vm for vm in vms if not args.vm or vm.row.name in args.vm], args.interval)
+    chosen = [vm for vm in vms if not args.vm or vm.row.name in args.vm]
+    found = audit(chosen, args.interval, args.foreign_limit)
     if args.json:
         import json
 

@@ -1,4 +1,4 @@
-"""A VM's evidence for people: a table of a line per vCPU, the verdict and its reasons."""
+"""A VM's evidence for people: a table of a line per vCPU, one of a line per pCPU, the verdict and its reasons."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ if TYPE_CHECKING:
 
 __all__ = ["summary"]
 
+_PCPU_HEADERS = ("pCPU", "others s", "irq ms", "softirq ms", "steal ms", "interrupts", "foreign task")
+
 
 def summary(doc: Mapping[str, Any], *, colour: bool = False) -> str:
-    """Return a document of :func:`document` for people: a table, and the verdict with its reasons below."""
+    """Return a document of :func:`document` for people: two tables, and the verdict with its reasons below."""
     headers = ("vCPU", "pCPU", "pid", "seen on", "looks", "moved", "waited", "preempted", "run s", "queued ms", "exit")
     rows = []
     for vcpu in doc["vcpus"]:
@@ -34,9 +36,24 @@ def summary(doc: Mapping[str, Any], *, colour: bool = False) -> str:
             )
         )
     lines = [table(headers, rows, colour=colour)] if rows else []
+    if doc["pcpus"]:
+        lines.append(table(_PCPU_HEADERS, [_pcpu_row(pcpu) for pcpu in doc["pcpus"]], colour=colour))
     lines.append(f"{doc['vm']}: {doc['verdict'] or 'no verdict'}")
     lines += [f"  {text}" for text in (*doc["reasons"], *doc["notes"])]
     return "\n".join(lines)
+
+
+def _pcpu_row(pcpu: Mapping[str, Any]) -> tuple[object, ...]:
+    other = pcpu["other_ns"]
+    shared = other["over"] != str(pcpu["pcpu"])
+    seconds = None if other["value"] is None else round(other["value"] / 1e9, 2)
+    return (
+        pcpu["pcpu"],
+        f"{seconds} on {other['over']}" if shared and seconds is not None else seconds,
+        *(None if pcpu[kind] is None else pcpu[kind] // 1_000_000 for kind in ("irq_ns", "softirq_ns", "steal_ns")),
+        next((f"{line['count']} {line['name']}" for line in pcpu["interrupts"] or ()), None),
+        next((f"{task['comm']} ({task['pid']})" for task in pcpu["foreign_tasks"]), None),
+    )
 
 
 def _exit_word(exit: Mapping[str, int] | None) -> str | None:  # noqa: A002

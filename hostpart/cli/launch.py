@@ -63,6 +63,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--require", action="store_true", help="fail rather than run at a lower level of isolation")
     parser.add_argument("--strict", action="store_true", help="exit 5 if a partition did not hold")
     parser.add_argument(
+        "--foreign-limit", type=options.percent, metavar="PERCENT",
+        help="how much of a pCPU's time others may take before the verdict is tainted, instead of the file's",
+    )  # fmt: skip
+    parser.add_argument(
         "--wait", nargs="?", type=options.wait_seconds, const=float("inf"), metavar="SECONDS",
         help="queue for pCPUs in order of arrival; write --wait=SECONDS, for ever without a number",
     )  # fmt: skip
@@ -118,6 +122,8 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         changes["scope"] = args.scope
     if args.require:
         changes["require"] = True
+    if args.foreign_limit is not None:
+        changes["foreign_limit"] = args.foreign_limit
     return scenario.replace(vms=tuple(vm.replace(**changes) for vm in scenario.vms)) if changes else scenario
 
 

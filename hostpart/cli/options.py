@@ -12,7 +12,17 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ..allocator import Request
 
-__all__ = ["add_request", "count", "cpu_list", "explicit_list", "request_of", "scope", "seconds", "wait_seconds"]
+__all__ = [
+    "add_request",
+    "count",
+    "cpu_list",
+    "explicit_list",
+    "percent",
+    "request_of",
+    "scope",
+    "seconds",
+    "wait_seconds",
+]
 
 
 def count(text: str) -> int:
@@ -61,6 +71,17 @@ def seconds(text: str) -> float:
         value = -1.0
     if not 0 <= value < 1e9:
         raise argparse.ArgumentTypeError(f"want a number of seconds from 0, got {text!r}")
+    return value
+
+
+def percent(text: str) -> float:
+    """Read a share in percent."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"want a number of percent from 0 to 100, got {text!r}")
     return value
 
 

@@ -69,6 +69,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--require", action="store_true", help="fail rather than run at a lower level of isolation")
     parser.add_argument("--strict", action="store_true", help="exit 5 if the partition did not hold")
     parser.add_argument(
+        "--foreign-limit", type=options.percent, default=VmConfig.foreign_limit, metavar="PERCENT",
+        help="how much of a pCPU's time others may take before the verdict is tainted (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
         "--wait", nargs="?", type=options.wait_seconds, const=float("inf"), metavar="SECONDS",
         help="queue for pCPUs in order of arrival; write --wait=SECONDS, for ever without a number",
     )  # fmt: skip
@@ -182,6 +186,7 @@ def _config(args: argparse.Namespace) -> VmConfig:
         require=args.require,
         mems=args.mems,
         on_drift=args.on_drift,
+        foreign_limit=args.foreign_limit,
         user=args.user,
         group=args.group,
         sched=sched,
