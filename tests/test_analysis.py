@@ -282,7 +282,7 @@ def test_few_and_equal_and_negative_values(
 
 def test_few_values_have_no_interval_and_that_is_said() -> None:
     found = analysed(results({ALONE: rates(1, 8), LOADED: rates(2, 4)}))
-    assert found["warnings"] == [f"{LOADED}: no interval of rate: that needs 5 values"]
+    assert found["warnings"] == ["1 of 2 conditions have figures without an interval, which needs 5 runs"]
 
 
 # -- what is not there ---------------------------------------------------------------------------------
@@ -509,3 +509,16 @@ def test_numbers_have_four_digits_and_a_unit_of_their_size(value: float, unit: s
     metric = {"value": value, "unit": unit, "better": "higher"}
     found = analysed(results({ALONE: [{"metrics": {"rate": metric}}] * 5}))
     assert f" {shown} " in summary(found)
+
+
+@pytest.mark.parametrize(
+    ("placement", "verdict", "warned"),
+    [("same-pcpu", "tainted", False), ("same-pcpu", "broken", True), ("sibling", "tainted", True)],
+)
+def test_what_an_aggressor_taints_by_design_is_no_warning(placement: str, verdict: str, warned: bool) -> None:
+    name = f"integer|affinity|spinner|{placement}"
+    runs = [{"metrics": {"rate": value}, "verdict": verdict, "reasons": ["others ran"]} for value in rates(2, 8)]
+    found = analysed(results({ALONE: rates(1, 8), name: runs}))
+    assert found["conditions"][1]["overlaps"] is (placement == "same-pcpu")
+    assert found["conditions"][1]["verdicts"][verdict] == 8
+    assert bool([text for text in found["warnings"] if verdict in text]) is warned

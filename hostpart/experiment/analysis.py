@@ -17,6 +17,7 @@ from collections import Counter, defaultdict
 
 from hdrh.histogram import HdrHistogram
 
+from ..cpuset import CpuSet
 from ..errors import Failed
 from ..value import Value
 from . import statistics
@@ -133,6 +134,7 @@ class _Analysis:
         self.conditions: dict[str, dict[str, Any]] = {one["id"]: one for one in plan["conditions"]}
         self.planned = Counter(run["condition"] for run in plan["runs"])
         self.runs: dict[str, list[dict[str, Any]]] = {name: [] for name in self.conditions}
+        self.few: list[str] = []  # conditions with too few runs for an interval
         self.warnings: list[str] = []
         self.comparisons: list[_Comparison] = []
         strange = [run for run in results.runs if run["condition"] not in self.runs]
@@ -152,6 +154,9 @@ class _Analysis:
         }
         shown = [self._condition(name, primaries, metrics) for name in self.conditions]
         families = self._judge()
+        if self.few:
+            many = f"{len(self.few)} of {len(shown)} conditions"
+            self.warnings.append(f"{many} have figures without an interval, which needs {FEWEST} runs")
         self._say_what_held(shown)
         drift = self._drift(primaries, metrics)
         return {
@@ -238,11 +243,12 @@ class _Analysis:
                 shown[metric] = self._show(one, under, primary=metric == primary)
         few = [metric for metric, one in shown.items() if 0 < one["n"] < FEWEST]
         if few:
-            self.warnings.append(f"{name}: no interval of {', '.join(few)}: that needs {FEWEST} values")
+            self.few.append(name)
         verdicts = Counter(run["verdict"] for run in done)
         reasons = Counter(reason for run in done for reason in run["reasons"])
         return {
             **about,
+            "overlaps": _overlaps(about),
             "planned": self.planned[name],
             "done": len(done),
             "failed": len(self.runs[name]) - len(done),
@@ -350,7 +356,9 @@ class _Analysis:
 
     def _say_what_held(self, shown: Sequence[Mapping[str, Any]]) -> None:
         for one in shown:
-            bad = [f"{one['verdicts'][verdict]} {verdict}" for verdict in _VERDICTS[1:] if one["verdicts"][verdict]]
+            # Where the aggressor is on the victim's pCPU by design, it is what taints.
+            weighed = _VERDICTS[2:] if one["overlaps"] else _VERDICTS[1:]
+            bad = [f"{one['verdicts'][verdict]} {verdict}" for verdict in weighed if one["verdicts"][verdict]]
             if bad:
                 why = f": {one['reasons'][0][0]}" if one["reasons"] else ""
                 self.warnings.append(f"{one['id']}: of {_runs(one['done'])}, {' and '.join(bad)}{why}")
@@ -405,6 +413,11 @@ def _direction(one: _Comparison) -> str:
     values, base = statistics.median(one.values), statistics.median(one.base)
     more = values > base if values != base and values is not None and base is not None else one.above > 0.5
     return "better" if more is (one.better == "higher") else "worse"
+
+
+def _overlaps(condition: Mapping[str, Any]) -> bool:
+    # Whether the aggressor may run where the victim does.
+    return condition["victim_pcpu"] in CpuSet.parse(condition["aggressor_pcpus"] or "")
 
 
 def _series(done: Sequence[Mapping[str, Any]], primary: _Metric | None) -> dict[str, Any]:

@@ -244,7 +244,8 @@ def _difference(ratio: Mapping[str, Any]) -> str:
 
 def _unheld(one: Mapping[str, Any]) -> int:
     verdicts = one.get("verdicts") or {}
-    return sum(int(verdicts.get(name) or 0) for name in ("tainted", "broken"))
+    weighed = ("broken",) if one.get("overlaps") else ("tainted", "broken")
+    return sum(int(verdicts.get(name) or 0) for name in weighed)
 
 
 def _verdict_words(one: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["alarms", "facts_table", "report", "scale", "told_first"]
 
+_REASONS = 3  # that are told of a condition: each run words its own
 _VERDICTS = ("held", "tainted", "broken", "none")
 _FOLDED = 5  # warnings
 
@@ -34,10 +35,11 @@ def report(results: Results, analysis: Mapping[str, Any]) -> str:
 def alarms(results: Results, analysis: Mapping[str, Any]) -> list[str]:
     """Return what speaks against the figures, a sentence each; empty if nothing does."""
     told = []
-    verdicts = _verdicts(analysis)
+    verdicts = _verdicts(analysis, weighed=True)
     if bad := {name: verdicts[name] for name in ("broken", "tainted") if verdicts[name]}:
         words = " and ".join(f"{many} {name}" for name, many in bad.items())
-        told.append(f"Of {quantity.count(sum(verdicts.values()), 'run')}, the evidence calls {words}.")
+        runs = quantity.count(sum(_verdicts(analysis).values()), "run")
+        told.append(f"Of {runs}, the evidence calls {words}, not counting what was planned.")
     if verdicts["none"]:
         told.append(
             f"{quantity.count(verdicts['none'], 'run')} without a verdict: whether the partition held is not known."
@@ -79,11 +81,13 @@ def scale() -> Html:
     )
 
 
-def _verdicts(analysis: Mapping[str, Any]) -> dict[str, int]:
+def _verdicts(analysis: Mapping[str, Any], *, weighed: bool = False) -> dict[str, int]:
+    # Weighed: what taints because the aggressor is on the victim's pCPU by design does not count.
     found = dict.fromkeys(_VERDICTS, 0)
     for one in analysis["conditions"]:
         for name, many in (one.get("verdicts") or {}).items():
-            found[name] = found.get(name, 0) + int(many or 0)
+            if not (weighed and name == "tainted" and one.get("overlaps")):
+                found[name] = found.get(name, 0) + int(many or 0)
     return found
 
 
@@ -293,9 +297,10 @@ class _Page:
         rows = []
         for one in self.analysis["conditions"]:
             told = one.get("verdicts") or {}
-            reasons = [
-                element("li", text, f" ({many} times)" if many != 1 else "") for text, many in one.get("reasons") or ()
-            ]
+            given = list(one.get("reasons") or ())
+            reasons = [element("li", text, f" ({many} times)" if many != 1 else "") for text, many in given[:_REASONS]]
+            if len(given) > _REASONS:
+                reasons.append(element("li", f"and {quantity.count(len(given) - _REASONS, 'other reason')}"))
             rows.append(
                 [
                     _names(one),
@@ -314,7 +319,8 @@ class _Page:
         note = element(
             "p",
             "Held: the kernel's figures show that the victim was where it was put, and nothing foreign with it. "
-            "Tainted: that could not be ruled out. Broken: something was seen that must not be.",
+            "Tainted: others were there too, or that could not be ruled out; where the aggressor may run on the "
+            "victim's pCPU, that was planned. Broken: something was seen that must not be.",
             class_="note",
         )
         return Section("evidence", "Did the partition hold?", "Evidence", element("p", lead), note, shown, every)
