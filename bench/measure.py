@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median, quantiles
 
-__all__ = ["facts", "in_turns", "place", "report"]
+__all__ = ["confidence", "facts", "in_turns", "place", "report"]
 
 
 def facts() -> str:
@@ -57,7 +57,7 @@ def report(names: Sequence[str], taken: Sequence[Sequence[float]], unit: str, sc
         print(f"  {name:<44} {_spread([value * scale for value in one], unit)}")
     for name, other in zip(names[1:], taken[1:], strict=True):
         ratios = [mine / theirs for mine, theirs in zip(taken[0], other, strict=True)]
-        low, high = _confidence(ratios)
+        low, high = confidence(ratios)
         print(f"  ratio to {name:<35} {_spread(ratios, '')}; median surely {low:.3f} to {high:.3f}")
 
 
@@ -66,8 +66,8 @@ def _spread(values: Sequence[float], unit: str) -> str:
     return f"{median(values):8.3f} {unit:<10} (middle half {low:.3f} to {high:.3f}, {len(values)} runs)"
 
 
-def _confidence(values: Sequence[float]) -> tuple[float, float]:
-    # Where the true median is, with 95 %: between these two of the values in order, whatever their distribution.
+def confidence(values: Sequence[float]) -> tuple[float, float]:
+    """Return where the true median is with 95 %: between two of the values in order, whatever their distribution."""
     ordered, half = sorted(values), 0.98 * len(values) ** 0.5
     middle = len(values) / 2
     return ordered[max(0, int(middle - half))], ordered[min(len(values) - 1, int(middle + half))]

@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import json
 import math
+import mmap
 import os
 import signal
 import subprocess
@@ -23,7 +24,8 @@ from hypothesis import strategies as st
 from hostpart.cli.run import PROBES
 from tests.conftest import Place, wait_until
 from workers import probes
-from workers.probes import histogram, noise, parameter, record, seat
+from workers.probes import handover, histogram, noise, parameter, record, seat
+from workers.probes.handover import WAYS
 from workers.probes.histogram import Histogram
 from workers.probes.latency import sizes
 from workers.probes.measurement import Measurement, Probe
@@ -47,7 +49,7 @@ BOTH = ["python", pytest.param("numba", marks=needs_numba)]
 ALONE = [
     pytest.param(name, engine, id=f"{name}, {engine}", marks=[needs_numba] if engine == "numba" else [])
     for name in PROBES
-    if name != "pingpong"
+    if name not in ("pingpong", "command")  # which have tests of their own
     for engine in importlib.import_module(f"workers.probes.{name}").PROBE.engines
 ]
 USABLE = sorted(os.sched_getaffinity(0))
@@ -60,14 +62,16 @@ def environ(options: Mapping[str, str], **more: str) -> dict[str, str]:
     return {**clean, **named, **more}
 
 
-def start(name: str, options: Mapping[str, str], cpu: int = USABLE[-1], **more: str) -> subprocess.Popen[str]:
+def start(
+    name: str, options: Mapping[str, str], cpu: int = USABLE[-1], short: Mapping[str, str] = SHORT, **more: str
+) -> subprocess.Popen[str]:
     """Start a probe by itself, as a guest is called but in a process of its own, pinned to one pCPU."""
     code = (
         f"import os, sys; os.sched_setaffinity(0, {{{cpu}}}); from workers.probes.{name} import main; sys.exit(main())"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code],
-        env=environ({**SHORT, **SMALL.get(name, {}), **options}, **more),
+        env=environ({**short, **SMALL.get(name, {}), **options}, **more),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -94,7 +98,8 @@ def checked(line: str) -> dict[str, Any]:
         assert sum(count for _, _, count in one["buckets"]) == one["count"]
         assert [low for low, _, _ in one["buckets"]] == sorted(low for low, _, _ in one["buckets"])
         if one["count"]:
-            assert one["buckets"][0][0] <= one["min"] <= one["max"] < one["buckets"][-1][1]
+            below = one["buckets"][-1][1]
+            assert one["buckets"][0][0] <= one["min"] <= one["max"] < (math.inf if below is None else below)
     slices = found["slices"]
     assert len(slices["start_ns"]) == len(slices["length_ns"])
     for series in slices["series"].values():
@@ -139,6 +144,38 @@ def test_a_probe_writes_one_record_that_its_schema_describes(name: str, engine: 
     assert found["slices"]["length_ns"]
     if found["calibration"]:
         assert found["calibration"]["floor_ns"] > 0
+    assert found["calibration"] or name in ("spin", "thrash")  # which measure nothing
+
+
+ORDER = """
+import sys
+from workers.probes import engine, measurement
+from workers.probes.{name} import main
+
+def told(function, name):
+    def tell(*args, **more):
+        sys.stderr.write(name + "\\n")
+        return function(*args, **more)
+    return tell
+
+engine.compiled = told(engine.compiled, "compiled")
+engine.calibrate = told(engine.calibrate, "calibrated")
+measurement.Measurement.slices = told(measurement.Measurement.slices, "measured")
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(("name", "engine"), ALONE)
+def test_a_probe_is_compiled_and_its_floor_measured_before_its_warm_up(name: str, engine: str) -> None:
+    options = {**SHORT, **SMALL.get(name, {}), "engine": engine, "seconds": "0.05"}
+    ran = subprocess.run(
+        [sys.executable, "-c", ORDER.format(name=name)], env=environ(options), cwd=FOLDER.parent.parent,
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    order = ran.stderr.split()
+    assert order[-1] == "measured"
+    assert order.count("calibrated") == (name not in ("spin", "thrash"))
+    assert ("compiled" in order) is (engine == "numba")
 
 
 @pytest.mark.parametrize("engine", BOTH)
@@ -278,10 +315,18 @@ def pair(token: str, **options: str) -> list[subprocess.Popen[str]]:
 
 
 @pytest.mark.usefixtures("two_pcpus")
-@pytest.mark.parametrize("engine", BOTH)
-def test_ping_pong_goes_to_and_fro_between_two_vcpus(engine: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("engine", "how"),
+    [
+        pytest.param(engine, how, id=f"{how}, {engine}", marks=[needs_numba] if engine == "numba" else [])
+        for how in WAYS
+        for engine in ("python", "numba")
+        if (how, engine) != ("cas", "python")
+    ],
+)
+def test_ping_pong_goes_to_and_fro_between_two_vcpus(engine: str, how: str, tmp_path: Path) -> None:
     # On a busy machine the two seldom run at the same time, and a round can take seconds.
-    leads, follows = pair(str(tmp_path), engine=engine, seconds="5")
+    leads, follows = pair(str(tmp_path), engine=engine, how=how, seconds="5")
     outs = [side.communicate(timeout=180) for side in (leads, follows)]
     assert [(side.returncode, err) for side, (_, err) in zip((leads, follows), outs, strict=True)] == [(0, "")] * 2
     first, second = (checked(out) for out, _ in outs)
@@ -292,8 +337,99 @@ def test_ping_pong_goes_to_and_fro_between_two_vcpus(engine: str, tmp_path: Path
     assert first["histograms"]["round_trip"]["count"] == done > 0
     assert sum(first["slices"]["series"]["round_trips"]["values"]) == done
     assert value(first, "round_trips") > 0
+    assert value(first, "hand_overs") == pytest.approx(2 * value(first, "round_trips"))
+    assert 0 < value(first, "round_trip_p50") <= value(first, "round_trip_p99") <= value(first, "round_trip_max")
     assert value(second, "round_trips_done") > 0
     assert (second["histograms"], second["primary"]) == ({}, None)
+    assert [one["parameters"]["how"] for one in (first, second)] == [how, how]
+    assert all(one["calibration"]["floor_ns"] > 0 for one in (first, second))
+
+
+@pytest.mark.parametrize("leads", [True, False], ids=["leads", "follows"])
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("engine", BOTH)
+def test_no_round_is_done_while_the_other_side_does_nothing(engine: str, how: str, leads: bool) -> None:
+    if (how, engine) == ("cas", "python"):
+        with pytest.raises(Refused, match="compare-and-swap takes a compiled loop"):
+            handover.prepare(how, engine, leads=leads)
+        return
+    words = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("q")
+    handover.set_up(words)
+    rounds = handover.prepare(how, engine, leads=leads)(words)
+    since = 0
+    for _ in range(3):
+        done, since, times = rounds(1, since, time.monotonic_ns() + 5_000_000)
+        assert (done, times) == (0, [])
+    if leads:  # it waits since it handed over, and did that once; who follows has nothing out
+        assert 0 < since < time.monotonic_ns()
+        assert handover.prepare(how, engine, leads=False)(words)(1, 0, time.monotonic_ns() + 5_000_000)[0] == 1
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("engine", BOTH)
+def test_a_side_that_waits_sees_that_it_is_over(engine: str, how: str) -> None:
+    if (how, engine) == ("cas", "python"):
+        pytest.skip("interpreted there is no compare-and-swap")
+    words = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("q")
+    handover.set_up(words)
+    rounds = handover.prepare(how, engine, leads=False)(words)
+    words[handover.PING] = handover.OVER
+    handover.wake(words, handover.PING)
+    began = time.monotonic_ns()
+    assert rounds(1, 0, began + 60_000_000_000)[0] == 0
+    assert time.monotonic_ns() - began < 30_000_000_000
+
+
+COUNTING = """
+import ctypes, mmap, os, sys
+cpu, fd, turns = map(int, sys.argv[1:])
+os.sched_setaffinity(0, {cpu})
+from workers.probes import engine
+load, swap = engine.load(), engine.compare_and_swap()
+
+def add(counter, turns):
+    for _ in range(turns):
+        while True:
+            seen = load(counter)
+            if swap(counter, seen, seen + 1) == seen:
+                break
+
+add = engine.compiled(add, "void(int64, int64)")
+page = mmap.mmap(fd, mmap.PAGESIZE)
+word = ctypes.addressof(ctypes.c_int64.from_buffer(page))
+print("ready", flush=True)
+sys.stdin.readline()
+add(word, turns)
+"""
+
+
+@needs_numba
+@pytest.mark.usefixtures("two_pcpus")
+def test_no_increment_by_compare_and_swap_is_lost() -> None:
+    # Some ten million each, so that the two surely run at the same time for a while, on a busy machine too.
+    turns = 10_000_000
+    fd = os.memfd_create("counter")
+    os.ftruncate(fd, mmap.PAGESIZE)
+    sides = [
+        subprocess.Popen(
+            [sys.executable, "-c", COUNTING, str(cpu), str(fd), str(turns)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=[fd], cwd=FOLDER.parent.parent,
+        )
+        for cpu in USABLE[-2:]
+    ]  # fmt: skip
+    for side in sides:
+        assert side.stdout
+        assert side.stdout.readline() == "ready\n"
+    for side in sides:
+        assert side.stdin
+        side.stdin.write("go\n")
+        side.stdin.flush()
+    for side in sides:
+        side.communicate(timeout=120)
+    counter = int.from_bytes(os.pread(fd, 8, 0), sys.byteorder)
+    os.close(fd)
+    assert [side.returncode for side in sides] == [0, 0]
+    assert counter == 2 * turns
 
 
 @pytest.mark.usefixtures("two_pcpus")
@@ -452,6 +588,7 @@ SOME = (
     Parameter("count_ns", 7, "number", low=1, high=9),
     Parameter("json", False, "flag"),
     Parameter("way", "up", "direction", choices=("up", "down")),
+    Parameter("text", "", "anything", check=int),
 )
 
 
@@ -465,12 +602,13 @@ SOME = (
         ),
         pytest.param(["--json=0"], {"HOSTPART_PROBE_JSON": "0"}, id="a flag that is off"),
         pytest.param(["--way", "down"], {"HOSTPART_PROBE_WAY": "down"}, id="a choice"),
+        pytest.param(["--text", "-7"], {"HOSTPART_PROBE_TEXT": "-7"}, id="text"),
     ],
 )
 def test_options_are_variables(words: list[str], found: dict[str, str]) -> None:
     assert parameter.from_options("p", SOME, words) == found
     values = parameter.from_environment("p", SOME, {"PATH": "/bin", "HOSTPART_VM": "x", **found})
-    assert set(values) == {"seconds", "count_ns", "json", "way"}
+    assert set(values) == {"seconds", "count_ns", "json", "way", "text"}
 
 
 @pytest.mark.parametrize(
@@ -486,6 +624,7 @@ def test_options_are_variables(words: list[str], found: dict[str, str]) -> None:
         pytest.param(["--count-ns", "٣"], "want a whole number", id="another script's digit"),
         pytest.param(["--way", "left"], "want one of up, down, got 'left'", id="no such choice"),
         pytest.param(["--json=maybe"], "want 0 or 1, got 'maybe'", id="no flag"),
+        pytest.param(["--text", "seven"], "--text: invalid literal", id="text that cannot be"),
     ],
 )
 def test_what_an_option_cannot_be_is_refused(words: list[str], problem: str) -> None:
@@ -498,6 +637,13 @@ def test_what_an_option_cannot_be_is_refused(words: list[str], problem: str) -> 
 def test_a_variable_that_the_probe_does_not_have_is_refused() -> None:
     with pytest.raises(Refused, match="HOSTPART_PROBE_SECNDS; did you mean HOSTPART_PROBE_SECONDS"):
         parameter.from_environment("p", SOME, {"HOSTPART_PROBE_SECNDS": "1"})
+
+
+def test_what_is_required_has_to_be_given() -> None:
+    needed = (Parameter("what", "", "it", required=True),)
+    assert parameter.from_environment("p", needed, {"HOSTPART_PROBE_WHAT": "x"}) == {"what": "x"}
+    with pytest.raises(Refused, match="'p' wants --what, or HOSTPART_PROBE_WHAT"):
+        parameter.from_environment("p", needed, {})
 
 
 # -- histograms, caches, output ------------------------------------------------------------------------

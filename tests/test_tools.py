@@ -63,7 +63,18 @@ def test_oslat_counts_gaps_and_not_its_own_loop() -> None:
     assert value(one, "events") == pytest.approx((14 + 18 + 2 + 8 + 38 + 2) / 1.992)
     assert one["histograms"]["gap"]["buckets"][0] == [0, 1000, 2_615_675]
     assert one["histograms"]["gap"]["buckets"][-1] == [31_000, None, 38]
-    assert one["metrics"]["time_lost"]["value"] is None
+    # Each gap with its bucket's middle, and what is beyond the last bucket from the average: it is told to 6 places.
+    counted = 14 * 1.5 + 18 * 2.5 + 2 * 3.5 + sum(high - 0.5 for high in (5, 6, 9, 13, 16, 18, 19, 24, 26, 27))
+    beyond = 1.640092 * 2_615_757 - (2_615_675 + 14 * 2 + 18 * 3 + 2 * 4 + 163 + 38 * 32)
+    assert value(one, "lost") == pytest.approx(1000 * (counted + 38 * 31.5 + beyond), abs=2000)
+    assert value(one, "time_lost") == pytest.approx(100 * value(one, "lost") / 1.992e9)
+
+
+def test_oslat_without_gaps_beyond_its_buckets_lost_what_they_hold() -> None:
+    top = json.loads((RECORDED / "oslat.json").read_text())
+    top["thread"]["0"] |= {"avg": 1.00002, "max": 3, "histogram": {"1": 1_000_000, "2": 10, "3": 2}}
+    [one] = checked(oslat(json.dumps(top)))
+    assert value(one, "lost") == (10 * 1.5 + 2 * 2.5) * 1000
 
 
 def test_stress_ng_tells_a_stressor_at_a_time() -> None:

@@ -31,7 +31,7 @@ __all__ = ["FAILED", "PROBES", "add", "check_wish", "level_text", "refuse_nested
 
 FAILED = 125  # hostpart itself failed, as with env(1) and timeout(1)
 # The modules of workers.probes that are one; named here so that nothing of them is imported for a command.
-PROBES = ("integer", "latency", "memory", "noise", "pingpong", "spin", "syscalls", "thrash", "wakeup")
+PROBES = ("command", "integer", "latency", "memory", "noise", "pingpong", "spin", "syscalls", "thrash", "wakeup")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "  hostpart run -n 2 --smp -- ./threads       one process over two pCPUs\n"
         "  hostpart run --pcpus 3,5 -- ./worker       two processes, on pCPUs 3 and 5\n"
         "  hostpart run --wait=60 -n 4 -- ./job       queue for up to a minute\n"
-        "  hostpart run --probe noise --seconds 5     how quiet the pCPU is\n\n"
+        "  hostpart run --probe noise --seconds 5     how quiet the pCPU is\n"
+        "  hostpart run --probe command --argv '[\"./bench\"]'  how long a program takes\n\n"
         "Exit status: the command's own (the first that is not 0), 128+N after signal N, 127 not found,\n"
         "126 not executable, 125 hostpart itself failed (stderr and the evidence say why), 5 with --strict if it\n"
         "did not hold."

@@ -23,6 +23,7 @@ __all__ = [
     "calibrate",
     "choose",
     "clock",
+    "compare_and_swap",
     "compiled",
     "load",
     "nanosleep",
@@ -135,6 +136,21 @@ def store() -> Any:
     return _atomic(2, emit)
 
 
+def compare_and_swap() -> Any:
+    """Return what compiles to one atomic comparison and exchange of 64 bits: address, expected and new value go in.
+
+    What was there comes out: the expected value, where it was replaced. Nothing may be moved across it.
+
+    Source: LLVM Language Reference, "cmpxchg"; on x86 it is ``lock cmpxchg``.
+    """
+
+    def emit(builder: Any, word: Any, values: Any) -> Any:
+        found = builder.cmpxchg(word, values[0], values[1], "seq_cst", "seq_cst")
+        return builder.extract_value(found, 0)
+
+    return _atomic(3, emit)
+
+
 def _atomic(words: int, emit: Callable[[Any, Any, Any], Any]) -> Any:
     # numba would take a plain load in a loop for one that can be made once, before the loop.
     from llvmlite import ir
@@ -146,9 +162,12 @@ def _atomic(words: int, emit: Callable[[Any, Any, Any], Any]) -> Any:
         return emit(builder, word, arguments[1:])
 
     word = types.int64
+    # numba counts the arguments of what it is given.
     if words == 1:
         return intrinsic(lambda _typing, address: (word(address), generate))
-    return intrinsic(lambda _typing, address, value: (word(address, value), generate))
+    if words == 2:
+        return intrinsic(lambda _typing, address, value: (word(address, value), generate))
+    return intrinsic(lambda _typing, address, expected, value: (word(address, expected, value), generate))
 
 
 def calibrate(engine: str) -> dict[str, Any]:

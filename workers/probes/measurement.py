@@ -20,7 +20,7 @@ from .refusal import Refused
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from types import FrameType
     from typing import Any
 
@@ -39,6 +39,7 @@ class Probe:
     :ivar measure: does it
     :ivar parameters: what can be set, with what all probes have
     :ivar engines: which of :data:`workers.probes.engine.ENGINES` it can run on
+    :ivar loops: whether it has a loop that is timed in slices; if not, it has none of the options on that
     """
 
     def __init__(
@@ -49,24 +50,26 @@ class Probe:
         *parameters: Parameter,
         engines: tuple[str, ...] = ("python",),
         seconds: float = 5.0,
+        loops: bool = True,
     ) -> None:
-        self.name, self.says, self.measure, self.engines = name, says, measure, engines
-        self.parameters = (
+        self.name, self.says, self.measure, self.engines, self.loops = name, says, measure, engines, loops
+        loop = (
             Parameter("seconds", seconds, "how long to measure; 0: until SIGTERM ends it"),
             Parameter("warmup", 0.5, "seconds before that, whose results are discarded"),
             Parameter("slice_ms", 100, "length of the slices in the record's series", low=1, high=3_600_000),
             Parameter("engine", "auto", "what runs the loop", choices=("auto", *engines)),
-            Parameter("json", False, "write the record as one line of JSON"),
-            *parameters,
         )
+        json = Parameter("json", False, "write the record as one line of JSON")
+        self.parameters = (*loop, json, *parameters) if loops else (*parameters, json)
 
     def help(self) -> str:
         """Return the help on this probe."""
+        example = next((one for one in self.parameters if one.required), self.parameters[0])
         return (
             f"usage: hostpart run [options] --probe {self.name} [probe's options]\n\n"
             f"{self.name}: {self.says}\n\n{parameter.table(self.parameters)}\n\n"
             f'In a scenario: python = "workers.probes.{self.name}:main" and, say, '
-            f'env = {{ {parameter.PREFIX}SECONDS = "1" }}'
+            f"env = {{ {example.variable} = {example.example} }}"
         )
 
 
@@ -98,6 +101,7 @@ class Measurement:
     :ivar engine: what the loop runs on
     :ivar ended: whether the end was asked for: by a signal, or by the probe itself
     :ivar calibration: as :func:`workers.probes.engine.calibrate` returns it, or None
+    :ivar failure: what went wrong all the same, with its remedy: it is said once the record is written; or None
     """
 
     def __init__(self, probe: Probe, parameters: dict[str, Value], engine_name: str, fallback: str | None) -> None:
@@ -105,6 +109,7 @@ class Measurement:
         self.parameters: dict[str, Any] = dict(parameters)
         self.calibration: dict[str, Any] | None = None
         self.ended = self.cut_short = self.interrupted = False
+        self.failure: Refused | None = None
         self._over = False
         self.primary: str | None = None
         self.metrics: dict[str, dict[str, Any]] = {}
@@ -112,6 +117,7 @@ class Measurement:
         self.dropped = 0
         self.where = seat.describe(os.environ)
         self._histograms: dict[str, Histogram] = {}
+        self._read: dict[str, Any] = {}
         self._units: dict[str, str] = {}
         self._usage: list[resource.struct_rusage] = []
         self._times: list[dict[str, Any]] = []
@@ -152,6 +158,14 @@ class Measurement:
         self._over = True
         self._note_time()
 
+    def whole_run(self) -> Iterator[Slice]:
+        """Yield one slice, which is all there is: of what ends by itself."""
+        self._note_time()
+        yield from self._slice(0, warm=False)
+        self._see_cpu()
+        self._over = True
+        self._note_time()
+
     def leave(self, *, cut_short: bool) -> None:
         """End with the slice that runs now.
 
@@ -175,6 +189,15 @@ class Measurement:
     def histogram(self, name: str, unit: str) -> Histogram:
         """Return the record's histogram of that name, made when it is first asked for."""
         return self._histograms.setdefault(name, Histogram(unit))
+
+    def adopt(self, record: Mapping[str, Any], prefix: str = "") -> None:
+        """Take over the metrics and histograms of another record, their names led by *prefix*; what is there stays."""
+        self.metrics = {prefix + name: one for name, one in record["metrics"].items()} | self.metrics
+        self._read |= {prefix + name: one for name, one in record["histograms"].items()}
+
+    def used(self, usage: resource.struct_rusage) -> None:
+        """Say what the record is to have for the usage, instead of this process's own."""
+        self._usage = [resource.struct_rusage([0] * len(usage)), usage]
 
     def series(self, name: str, unit: str) -> None:
         """Say what unit the slices' value *name* has; it is then in the record."""
@@ -201,7 +224,7 @@ class Measurement:
     def end(self, number: int, _frame: FrameType | None) -> None:
         """Ask for the end: a signal came."""
         if not self._over:
-            self.leave(cut_short=bool(self.parameters["seconds"]))
+            self.leave(cut_short=bool(self.parameters["seconds"]) or not self.probe.loops)
         self.interrupted |= number == signal.SIGINT
 
     def _see_cpu(self) -> None:
@@ -233,7 +256,7 @@ class Measurement:
             calibration=self.calibration,
             primary=self.primary,
             metrics=self.metrics,
-            histograms={name: histogram.to_json() for name, histogram in self._histograms.items()},
+            histograms={**{name: one.to_json() for name, one in self._histograms.items()}, **self._read},
             slices={
                 "start_ns": [one.start_ns - first for one in self.done],
                 "length_ns": [one.length_ns for one in self.done],
@@ -250,8 +273,8 @@ class Measurement:
 def run(probe: Probe) -> int:
     """Run the probe as the environment says and write its record; return the exit status.
 
-    0: the record is written, 1: it can't measure here, 2: an option is wrong; standard error says why. SIGTERM ends it
-    early, with its record; SIGINT too, of which it then dies.
+    0: the record is written, 1: it can't measure here, or the command that it ran failed, 2: an option is wrong;
+    standard error says why. SIGTERM ends it early, with its record; SIGINT too, of which it then dies.
     """
     try:
         values = parameter.from_environment(probe.name, probe.parameters, os.environ)
@@ -259,8 +282,8 @@ def run(probe: Probe) -> int:
         return _say(probe, refusal, 2)
     as_json = bool(values["json"])
     try:
-        name, fallback = engine.choose(probe.name, str(values["engine"]), probe.engines)
-        measurement = Measurement(probe, {**values, "engine": name}, name, fallback)
+        name, fallback = engine.choose(probe.name, str(values.get("engine", "auto")), probe.engines)
+        measurement = Measurement(probe, {**values, "engine": name} if probe.loops else values, name, fallback)
         before = {number: signal.signal(number, measurement.end) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             probe.measure(measurement)
@@ -272,6 +295,8 @@ def run(probe: Probe) -> int:
         return _say(probe, refusal, 1)
     if measurement.interrupted:
         raise KeyboardInterrupt
+    if measurement.failure:
+        return _say(probe, measurement.failure, 1)
     return 0
 
 

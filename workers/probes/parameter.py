@@ -10,7 +10,7 @@ from .refusal import Refused
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     Value = bool | int | float | str
 
@@ -24,13 +24,17 @@ class Parameter:
     """One thing that can be set.
 
     :ivar name: such as ``threshold_ns``, with its unit where it has one
-    :ivar default: its type is the parameter's: a flag (False), a whole number, a number, or one of *choices*
+    :ivar default: its type is the parameter's: a flag (False), a whole number, a number, or text, which is one of
+        *choices* where there are any
     :ivar says: what it means, for the help
     :ivar low: the smallest value, for numbers
     :ivar high: the largest
+    :ivar check: for text: raises ValueError, saying what was wanted, where it is none that can be; or None
+    :ivar required: whether it has to be given; the default then stands for nothing but the type
+    :ivar example: a value as TOML, for the help
     """
 
-    __slots__ = ("choices", "default", "high", "low", "name", "says")
+    __slots__ = ("check", "choices", "default", "example", "high", "low", "name", "required", "says")
 
     def __init__(
         self,
@@ -41,9 +45,13 @@ class Parameter:
         low: float = 0,
         high: float = 1e9,
         choices: tuple[str, ...] = (),
+        check: Callable[[str], object] | None = None,
+        required: bool = False,
+        example: str = '"1"',
     ) -> None:
         self.name, self.default, self.says = name, default, says
         self.low, self.high, self.choices = low, high, choices
+        self.check, self.required, self.example = check, required, example
 
     @property
     def option(self) -> str:
@@ -65,8 +73,10 @@ class Parameter:
                 raise ValueError(f"want 0 or 1, got {text!r}")
             return _FLAGS[text]
         if isinstance(self.default, str):
-            if text not in self.choices:
+            if self.choices and text not in self.choices:
                 raise ValueError(f"want one of {', '.join(self.choices)}, got {text!r}")
+            if self.check:
+                self.check(text)
             return text
         whole = isinstance(self.default, int)
         kind = "whole number" if whole else "number"
@@ -109,7 +119,8 @@ def from_options(probe: str, parameters: Sequence[Parameter], words: Sequence[st
 def from_environment(probe: str, parameters: Sequence[Parameter], environ: Mapping[str, str]) -> dict[str, Value]:
     """Return every parameter's value, by name: what the environment says, else its default.
 
-    :raises Refused: for a variable of :data:`PREFIX` that the probe does not have, and for a value it can't have
+    :raises Refused: for a variable of :data:`PREFIX` that the probe does not have, for a value it can't have, and for
+        one that is missing
     """
     named = {parameter.variable: parameter for parameter in parameters}
     for variable in environ:
@@ -121,6 +132,8 @@ def from_environment(probe: str, parameters: Sequence[Parameter], environ: Mappi
         values[parameter.name] = parameter.default
         if text is not None:
             values[parameter.name] = _checked(probe, parameter, text, variable)
+        elif parameter.required:
+            raise Refused(f"probe {probe!r} wants {parameter.option}, or {variable}", _help(probe))
     return values
 
 
@@ -129,7 +142,7 @@ def table(parameters: Sequence[Parameter]) -> str:
     lines = []
     for parameter in parameters:
         default = parameter.default
-        shown = "" if isinstance(default, bool) else f" (default: {default})"
+        shown = "" if isinstance(default, bool) or default == "" else f" (default: {default})"
         choices = f": {', '.join(parameter.choices)}" if parameter.choices else ""
         lines.append(f"  {parameter.option:<16} {parameter.says}{choices}{shown}")
     return "\n".join(lines)

@@ -1,10 +1,16 @@
-"""Ping-pong: two vCPUs of one VM hand a word of shared memory to and fro.
+"""Ping-pong: two vCPUs of one VM hand a turn to each other through shared memory, to and fro.
 
-vCPU 0 writes a number, vCPU 1 sees it and answers with the same in a word of another cache line, and so on; vCPU 2
-and 3 likewise. What is measured is the way of a cache line between two pCPUs, there and back, which waiting for a
-lock costs too. No call into the kernel is made on the way. Compiled, words are read and written by one atomic
-instruction each. Interpreted, what a number's way through the interpreter takes comes on top of each of the four
-steps.
+vCPU 0 hands over to vCPU 1, which hands back, and so on; vCPU 2 and 3 likewise. What is measured is the round trip:
+the way between two pCPUs, there and back. How they hand over can be chosen:
+
+- ``store``: one writes a number, the other one sees it and answers in a word of another cache line. Compiled, words
+  are read and written by one atomic instruction each.
+- ``cas``: both change one word by compare-and-swap, and who waits tries to, again and again: a contended lock. Only
+  compiled: the interpreter has no such operation.
+- ``semaphore``: POSIX semaphores between processes, at which who waits sleeps: two calls into the kernel (futex(2))
+  and two wake-ups come with each round trip.
+
+The first two make no call into the kernel. Interpreted, what a step's way through the interpreter takes comes on top.
 
 The memory belongs to no file: vCPU 0 makes it and hands it over through a socket without a name in the file system,
 so nothing is left behind however the two end. What one of them gets to know by end of file on the socket, that the
@@ -17,26 +23,20 @@ import mmap
 import os
 import time
 
-from . import engine, measurement
+from . import engine, handover, measurement
+from .handover import OVER, PING, PONG
+from .parameter import Parameter
 from .refusal import Refused
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
-    from typing import Any
 
+    from .handover import Bind
     from .measurement import Measurement
-
-    # In: the next number, since when it waits for its answer (0: it was not sent), until when to go on. Out: how many
-    # rounds were done, since when the next number waits, and how long each round took for the one who leads.
-    Rounds = Callable[[int, int, int], tuple[int, int, list[int]]]
 
 __all__ = ["PROBE", "main"]
 
-_PING, _PONG = 0, 32  # which words of 8 bytes: 256 bytes apart, since pCPUs fetch lines in pairs
-_OVER = -1  # instead of a number: it is over
-_ROUNDS = 2_000  # between two looks whether a signal came
 _WAIT_S = 60.0  # for the other vCPU: it may have to compile first, on a pCPU that is busy
 _LOOK_NS = 20_000_000  # how long to wait for a number before looking whether the other one is still there
 
@@ -56,7 +56,7 @@ def _measure(run: Measurement) -> None:
     leads = where["vcpu"] % 2 == 0
     run.calibration = engine.calibrate(run.engine)
     # Compiled before the two meet, so that neither waits for the other while it measures.
-    bind = _compiled(leads) if run.engine == "numba" else _interpreted(leads)
+    bind = handover.prepare(str(run.parameters["how"]), run.engine, leads=leads)
     with _meet(leads, where["vcpu"] // 2) as peer:
         run.parameters["role"] = "leads" if leads else "follows"
         _play(run, _Words(_share(peer, leads), bind, leads=leads), peer)
@@ -88,102 +88,29 @@ def _play(run: Measurement, words: _Words, peer: socket.socket) -> None:
     # Only the one who leads knows which of the time was spent on playing.
     if words.leads:
         run.metric("round_trips", run.per_second(total, spent), "1/s", "higher", primary=True)
+        run.metric("hand_overs", run.per_second(2 * total, spent), "1/s", "higher")
         run.percentiles("round_trip", "round_trip")
 
 
 class _Words:
-    # The two words, and how far the numbers have come.
-    def __init__(self, memory: mmap.mmap, bind: Callable[[memoryview], Rounds], *, leads: bool) -> None:
+    # The shared page, and how far the numbers have come.
+    def __init__(self, memory: mmap.mmap, bind: Bind, *, leads: bool) -> None:
         self.leads, self.over = leads, False
         self._words = memoryview(memory).cast("q")
         self._rounds = bind(self._words)
-        self._mine, self._theirs = (_PING, _PONG) if leads else (_PONG, _PING)
+        self._mine, self._theirs = (PING, PONG) if leads else (PONG, PING)
         self._number, self._since = 1, 0
 
     def rounds(self, until_ns: int) -> tuple[int, list[int]]:
         # Do some rounds; how many there were, and how long each took for the one who leads.
         done, self._since, times = self._rounds(self._number, self._since, until_ns)
         self._number += done
-        self.over = self._words[self._theirs] == _OVER
+        self.over = self._words[self._theirs] == OVER
         return done, times
 
     def finish(self) -> None:
-        self._words[self._mine] = _OVER
-
-
-def _interpreted(leads: bool) -> Callable[[memoryview], Rounds]:
-    def bind(words: memoryview) -> Rounds:
-        clock = time.monotonic_ns
-
-        def lead(number: int, since: int, until_ns: int) -> tuple[int, int, list[int]]:
-            times: list[int] = []
-            last = since or clock()
-            for ping in range(number, number + _ROUNDS):
-                words[_PING] = ping
-                while words[_PONG] != ping:
-                    if words[_PONG] == _OVER or clock() > until_ns:
-                        return len(times), last, times
-                now = clock()
-                times.append(now - last)
-                last = now
-            return len(times), 0, times
-
-        def follow(number: int, _since: int, until_ns: int) -> tuple[int, int, list[int]]:
-            for done in range(_ROUNDS):
-                while words[_PING] != number + done:
-                    if words[_PING] == _OVER or clock() > until_ns:
-                        return done, 0, []
-                words[_PONG] = number + done
-            return _ROUNDS, 0, []
-
-        return lead if leads else follow
-
-    return bind
-
-
-def _compiled(leads: bool) -> Callable[[memoryview], Rounds]:
-    now, load, store = engine.clock(), engine.load(), engine.store()
-    over, spins, rounds = _OVER, 200, _ROUNDS
-
-    def loop(mine: Any, theirs: Any, number: Any, since: Any, until_ns: Any, times: Any, scratch: Any) -> Any:
-        last = since or now(scratch)
-        for done in range(rounds):
-            ping = number + done
-            if leads:
-                store(mine, ping)
-            spun = 0
-            while True:
-                seen = load(theirs)
-                if seen == ping:
-                    break
-                spun += 1
-                if seen == over or (spun % spins == 0 and now(scratch) > until_ns):
-                    return done, last
-            if leads:
-                this = now(scratch)
-                times[done] = this - last
-                last = this
-            else:
-                store(mine, ping)
-        return rounds, 0
-
-    signature = "UniTuple(int64, 2)(int64, int64, int64, int64, int64, int64[::1], int64[::1])"
-    compiled = engine.compiled(loop, signature)
-
-    def bind(words: memoryview) -> Rounds:
-        import ctypes
-
-        ping, pong = (ctypes.addressof(ctypes.c_int64.from_buffer(words, 8 * index)) for index in (_PING, _PONG))
-        mine, theirs = (ping, pong) if leads else (pong, ping)
-        times, scratch = engine.zeros(_ROUNDS), engine.zeros(2)
-
-        def rounds(number: int, since: int, until_ns: int) -> tuple[int, int, list[int]]:
-            done, since = compiled(mine, theirs, number, since, until_ns, times, scratch)
-            return done, since, times[:done].tolist() if leads else []
-
-        return rounds
-
-    return bind
+        self._words[self._mine] = OVER
+        handover.wake(self._words, self._mine)
 
 
 def _meet(leads: bool, pair: int) -> socket.socket:
@@ -229,13 +156,15 @@ def _share(peer: socket.socket, leads: bool) -> mmap.mmap:
     if leads:
         fd = os.memfd_create("hostpart-pingpong", os.MFD_CLOEXEC)
         os.ftruncate(fd, mmap.PAGESIZE)
+        memory = mmap.mmap(fd, mmap.PAGESIZE)
+        handover.set_up(memoryview(memory).cast("q"))
         socket.send_fds(peer, [b"memory"], [fd])
     else:
         said, (*fds,), _, _ = socket.recv_fds(peer, 16, 1)
         if not fds:
             raise Refused(f"the other vCPU ended before it began{f', {said!r}' if said else ''}", "see what it says")
         [fd] = fds
-    memory = mmap.mmap(fd, mmap.PAGESIZE)
+        memory = mmap.mmap(fd, mmap.PAGESIZE)
     os.close(fd)
     return memory
 
@@ -249,7 +178,8 @@ def _is_gone(peer: socket.socket) -> bool:
 
 PROBE = measurement.Probe(
     "pingpong",
-    "how fast two vCPUs hand a cache line to and fro: round trips per second, latency",
+    "how fast two vCPUs hand over to each other: round trips per second, latency",
     _measure,
+    Parameter("how", "store", "store, compare-and-swap (compiled only) or semaphore", choices=handover.WAYS),
     engines=("numba", "python"),
 )

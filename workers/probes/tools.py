@@ -69,12 +69,13 @@ def oslat(text: str) -> tuple[dict[str, Any], ...]:
     """Return a record for each pCPU of a run of ``oslat --json=FILE``.
 
     Bucket N holds gaps of N - 1 to N microseconds, so the first is the loop itself and not counted as an event, and
-    every figure is rounded up to a microsecond. How long the gaps beyond the last bucket were is not told, so neither
-    is the time lost.
+    every figure but the time lost is rounded up to a microsecond. In that, a gap counts with its bucket's middle, half
+    a microsecond less. How long the gaps beyond the last bucket were is what is left of the average, which has them
+    in full.
 
     :raises ValueError: where it is something else
 
-    Source: rt-tests, src/oslat/oslat.c, insert_bucket(); the JSON as version 2.4 writes it.
+    Source: rt-tests, src/oslat/oslat.c, insert_bucket() and calculate(); the JSON as version 2.4 writes it.
     """
     top = _rt_tests(text, "oslat")
     records = []
@@ -86,6 +87,7 @@ def oslat(text: str) -> tuple[dict[str, Any], ...]:
             buckets[-1][1] = None
         events = sum(count for high, count in counts if high > 1)
         seconds = float(thread["duration"])
+        lost = _lost_us(counts, float(thread["avg"]), int(thread["max"]))
         records.append(
             document(
                 "oslat", "oslat", **_run(top, thread["cpu"]),
@@ -96,12 +98,23 @@ def oslat(text: str) -> tuple[dict[str, Any], ...]:
                     "longest_gap": metric(most, "ns", "lower"),
                     "events": metric(events / seconds if seconds else None, "1/s", "lower"),
                     "observed": metric(seconds * 1e9, "ns", "higher"),
-                    "time_lost": metric(None, "%", "lower"),
+                    "lost": metric(lost * _US, "ns", "lower"),
+                    "time_lost": metric(lost / seconds / 10_000 if seconds else None, "%", "lower"),
                 },
                 histograms={"gap": _histogram(buckets, (int(thread["min"]) - 1) * _US, most)},
             )
         )  # fmt: skip
     return tuple(records)
+
+
+def _lost_us(counts: list[tuple[int, int]], average: float, most: int) -> float:
+    lost = sum((high - 0.5) * count for high, count in counts if high > 1)
+    if counts and most > counts[-1][0]:
+        # The average is over all turns of the loop, each as its bucket's number, plus what is beyond the last bucket.
+        # It is told to a millionth of a microsecond, which is 0.002 % of the time at 40 million turns a second.
+        turns, whole = sum(count for _, count in counts), sum(high * count for high, count in counts)
+        lost += max(0.0, average * turns - whole)
+    return lost
 
 
 def stress_ng(text: str) -> tuple[dict[str, Any], ...]:
