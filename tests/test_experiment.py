@@ -268,7 +268,7 @@ def test_an_experiment_from_its_plan_to_its_runs(place: Place, tmp_path: Path) -
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_experiment_that_was_ended_goes_on(place: Place, tmp_path: Path, number: signal.Signals) -> None:
     file, out = _file(tmp_path, QUICK.replace("seconds = 0.1", "seconds = 0.6")), tmp_path / "out"
-    process = place.start("experiment", file, "--out", str(out))
+    process = place.start("experiment", "--no-report", file, "--out", str(out))
     assert wait_until(lambda: (out / "runs.jsonl").exists() and len(_runs(out)) == 1, 30)
     # The second run has aggressors: it is ended in the middle of that one.
     assert wait_until(lambda: len(place.processes()) >= 5, 30)
@@ -280,25 +280,54 @@ def test_an_experiment_that_was_ended_goes_on(place: Place, tmp_path: Path, numb
     assert len(_runs(out)) == 1
     if number != signal.SIGKILL:
         assert "stopped with 1 of 3 runs made; the same command goes on: hostpart experiment" in told
-    done = place.run("experiment", file, "--out", str(out))
+    done = place.run("experiment", "--no-report", file, "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert "1 of 3 runs are made already" in done.stderr
     assert [(run["run"], run["session"]) for run in _runs(out)] == [(0, 0), (1, 1), (2, 1)]
 
 
 @needs_two
-def test_an_aggressor_that_dies_early_and_a_victim_that_crashes_are_said(place: Place, tmp_path: Path) -> None:
+def test_an_aggressor_that_dies_early_is_said(place: Place, tmp_path: Path) -> None:
     text = QUICK.replace('probe = "spin"', 'command = ["sh", "-c", "exec sleep 0.05"]').replace("count = 2", "")
-    done = place.run("experiment", _file(tmp_path, text), "--out", str(tmp_path / "a"))
+    done = place.run("experiment", "--no-report", _file(tmp_path, text), "--out", str(tmp_path / "a"))
     assert done.returncode == 1
     assert "spinners ended before the victim (exit status 0)" in done.stderr
     (failed,) = (run for run in _runs(tmp_path / "a") if run["error"])
     assert failed["condition"].endswith("same-pcpu")
     assert failed["aggressors"][0]["alive"] is False
     # Made again, it is the failed run that is made anew.
-    again = place.run("experiment", str(tmp_path / "quick.toml"), "--out", str(tmp_path / "a"))
+    again = place.run("experiment", "--no-report", str(tmp_path / "quick.toml"), "--out", str(tmp_path / "a"))
     assert "2 of 3 runs are made already" in again.stderr
     assert [run["run"] for run in _runs(tmp_path / "a")] == [0, 1, 2, 1]
+    assert place.is_clean()
+
+
+@needs_two
+def test_commands_are_victims_and_one_that_crashes_does_not_stop_the_others(place: Place, tmp_path: Path) -> None:
+    text = """
+    processes = 3
+    placements = ["same-pcpu"]
+    settle = 0
+    [[victim]]
+    name = "crashes"
+    command = ["sh", "-c", "echo boo >&2; exit 3"]
+    [[victim]]
+    name = "figure"
+    command = ["sh", "-c", "echo took 4.5 us"]
+    metric = 'took ([0-9.]+) us'
+    unit = "us"
+    """
+    done = place.run("experiment", _file(tmp_path, text), "--out", str(tmp_path / "a"))
+    assert done.returncode == 1
+    runs = _runs(tmp_path / "a")
+    assert [run["victim"] for run in runs if run["error"]] == ["crashes"] * 3  # and is then given up
+    assert "given up, since run after run failed: crashes; the same command tries again" in done.stderr
+    figures = [run["metrics"][run["primary"]] for run in runs if run["victim"] == "figure"]
+    assert figures == [{"value": 4.5, "unit": "us", "better": "lower"}] * 3
+    assert all(run["metrics"]["wall"]["value"] > 0 for run in runs if run["victim"] == "figure")
+    assert "exit status 3: boo" in done.stderr
+    assert "missing: crashes|affinity|alone: 0 of 3 runs: 3 runs failed" in done.stdout
+    assert "crashes" in (tmp_path / "a" / "report.html").read_text()
     assert place.is_clean()
 
 
@@ -306,7 +335,7 @@ def test_an_aggressor_that_dies_early_and_a_victim_that_crashes_are_said(place: 
 def test_what_an_aggressor_has_started_ends_with_it(place: Place, tmp_path: Path) -> None:
     script = f"sleep 1000 & setsid sleep 1000 & echo $! > {tmp_path}/pid; sleep 1000"
     text = QUICK.replace('probe = "spin"', f"command = ['sh', '-c', '{script}']").replace("count = 2", "")
-    done = place.run("experiment", _file(tmp_path, text), "--out", str(tmp_path / "a"))
+    done = place.run("experiment", "--no-report", _file(tmp_path, text), "--out", str(tmp_path / "a"))
     assert done.returncode == 0, done.stderr
     assert procfs.read_stat(int((tmp_path / "pid").read_text())) is None
     assert place.is_clean()
@@ -315,7 +344,7 @@ def test_what_an_aggressor_has_started_ends_with_it(place: Place, tmp_path: Path
 @needs_two
 def test_levels_are_a_factor_and_an_aggressor_can_be_a_vm(place: Place, tmp_path: Path) -> None:
     text = QUICK.replace("placements", 'isolation = ["affinity", "sweep"]\nplacements')
-    done = place.run("experiment", _file(tmp_path, text), "--out", str(tmp_path / "a"))
+    done = place.run("experiment", "--no-report", _file(tmp_path, text), "--out", str(tmp_path / "a"))
     assert done.returncode == 0, done.stderr
     levels = {run["isolation"]: run["evidence"]["isolation"]["reached"] for run in _runs(tmp_path / "a")}
     assert levels == {"affinity": "affinity", "sweep": "sweep"}
@@ -340,7 +369,9 @@ def test_progress_on_a_terminal_and_elsewhere(place: Place, tmp_path: Path) -> N
         pytest.skip("needs two usable pCPUs")
     file = _file(tmp_path)
     master, slave = os.openpty()
-    process = place.start("experiment", file, "--out", str(tmp_path / "a"), stderr=slave, stdout=subprocess.DEVNULL)
+    process = place.start(
+        "experiment", "--no-report", file, "--out", str(tmp_path / "a"), stderr=slave, stdout=subprocess.DEVNULL
+    )
     os.close(slave)
     shown = b""
     while process.poll() is None:
@@ -355,7 +386,7 @@ def test_progress_on_a_terminal_and_elsewhere(place: Place, tmp_path: Path) -> N
     assert "now: noise alone on pCPU" in text
     assert "of 3" in text
     assert "left" in text
-    plain = place.run("experiment", file, "--out", str(tmp_path / "b"))
+    plain = place.run("experiment", "--no-report", file, "--out", str(tmp_path / "b"))
     lines = plain.stderr.splitlines()
     assert [line.split(":")[0] for line in lines if line.startswith("run ")] == [f"run {n} of 3" for n in (1, 2, 3)]
     assert "\x1b" not in plain.stderr

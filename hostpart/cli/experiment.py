@@ -200,6 +200,8 @@ def _run(
                 stopped = int(interrupt.args[0]) if interrupt.args else int(signal.SIGINT)
             except HostpartError as error:
                 failure = error
+        if runner.given_up and failure is None:
+            say(f"given up, since run after run failed: {', '.join(runner.given_up)}; the same command tries again")
     try:
         code = _tell(args, journal.directory)
     except HostpartError:

@@ -43,7 +43,8 @@ BETTER = ("lower", "higher")
 _EXAMPLES = os.path.join(os.path.dirname(__file__), "examples")
 _VICTIMS = ("integer", "latency", "memory", "noise", "syscalls", "wakeup")
 _AGGRESSORS = (*_VICTIMS, "spin", "thrash")
-_PARSERS = ("cyclictest", "oslat", "stress-ng", "rtla")
+_PARSERS = ("cyclictest", "oslat", "stress-ng", "rtla-osnoise", "rtla-timerlat")
+_UNITS = ("ns", "ps", "us", "s", "1", "1/s", "B", "B/s", "%")
 _NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._-")
 
 
@@ -57,7 +58,8 @@ class Victim(Value):
         match in the output is the figure; empty: the probe's primary one, a command's wall time in s
     :ivar unit: of a command's figure
     :ivar better: of a command's figure: ``lower`` or ``higher``
-    :ivar tool: what wrote a command's output, one of cyclictest, oslat, stress-ng, rtla; empty: no such
+    :ivar tool: what wrote a command's output, one of cyclictest, oslat, stress-ng, rtla-osnoise, rtla-timerlat;
+        empty: none of them
     """
 
     name: str
@@ -216,7 +218,7 @@ def _tables(top: Table, key: str) -> list[Table]:
 def _read_victim(table: Table) -> Victim:
     probe, command, options = _read_program(table, _VICTIMS)
     metric = table.read("metric", read_text, Victim.metric)
-    unit, better = table.read("unit", read_text, ""), table.read("better", one_of(BETTER), Victim.better)
+    unit, better = table.read("unit", one_of(_UNITS), ""), table.read("better", one_of(BETTER), Victim.better)
     tool = table.read("tool", one_of(_PARSERS), Victim.tool)
     for key, value in (("unit", unit), ("tool", tool)):
         if value and not command:

@@ -33,7 +33,7 @@ __all__ = ["Runner"]
 
 _PROBE_WAIT_S = 120.0  # beyond what it measures: a loop may be compiled first
 _GRACE_S = 10.0  # between SIGTERM and SIGKILL; a VM's front puts the host back meanwhile
-_TROUBLE = 3  # runs in a row that failed: what is wrong will not mend itself
+_TROUBLE = 3  # runs of a victim in a row that failed: what is wrong will not mend itself
 _OUTPUT = 64 << 10  # bytes of stderr that are looked at
 
 
@@ -42,6 +42,7 @@ class Runner:
 
     :param kept: pCPUs (Linux numbers) that the service VM keeps: this process stays there
     :param session: the number of this start
+    :ivar given_up: victims whose runs failed one after the other
     :param hear: told ``(run, document)`` before each run, with None, and after it
     """
 
@@ -55,6 +56,7 @@ class Runner:
         hear: Callable[[Run, dict[str, Any] | None], None] = lambda *_: None,
     ) -> None:
         self.design, self.plan, self.journal, self.session, self.hear = design, plan, journal, session, hear
+        self.given_up: list[str] = []
         self._victims = {one.name: one for one in design.victims}
         self._aggressors = {one.name: one for one in design.aggressors}
         self._usable = CpuSet.of(os.sched_getaffinity(0))
@@ -63,13 +65,17 @@ class Runner:
     def run(self, done: Collection[int] = ()) -> int:
         """Make every run that is not in *done*; return how many failed.
 
-        :raises Failed: where the journal can't be written, or run after run fails
+        A victim of which run after run fails is given up; the others go on.
+
+        :raises Failed: where the journal can't be written, or no victim is left
         """
         os.sched_setaffinity(0, self._kept)
-        failed = in_a_row = 0
+        failed = 0
+        in_a_row = dict.fromkeys(self._victims, 0)
         try:
             for run in self.plan.runs:
-                if run.number in done:
+                victim = run.condition.victim
+                if run.number in done or in_a_row[victim] == _TROUBLE:
                     continue
                 self.hear(run, None)
                 document = self._make(run)
@@ -77,11 +83,13 @@ class Runner:
                 self.hear(run, document)
                 error = document["error"]
                 failed += error is not None
-                in_a_row = in_a_row + 1 if error else 0
-                if in_a_row == _TROUBLE:
-                    raise Failed(
-                        f"{_TROUBLE} runs in a row failed, the last one thus: {error['problem']}", error["remedy"]
-                    )
+                in_a_row[victim] = in_a_row[victim] + 1 if error else 0
+                if in_a_row[victim] == _TROUBLE:
+                    self.given_up.append(victim)
+                    if len(self.given_up) == len(self._victims):
+                        raise Failed(
+                            f"{_TROUBLE} runs in a row failed, the last one thus: {error['problem']}", error["remedy"]
+                        )
         finally:
             os.sched_setaffinity(0, self._usable)
         return failed
@@ -194,7 +202,7 @@ class Runner:
         if record is None or process.status:
             document["error"] = {
                 "problem": f"{victim.name} gave no record (exit status {process.status}){process.last_words()}",
-                "remedy": f"try it alone: {_alone(victim, condition)}",
+                "remedy": f"run it alone: {_alone(victim, condition)}",
             }
             return
         document.update(record=record, metrics=record["metrics"], primary=_primary(victim, record))
@@ -251,7 +259,8 @@ class _Process:
                 lines = file.read().decode("utf-8", "replace").strip().splitlines()
         except OSError:
             return ""
-        return f": {' / '.join(line.removeprefix('hostpart: ') for line in lines[-2:])}" if lines else ""
+        said = [line.removeprefix("hostpart: ") for line in lines if not line.startswith("try: ")]
+        return f": {' / '.join(said[-2:])}" if said else ""
 
     def to_json(self, alive: bool) -> dict[str, Any]:
         record = self.record() or {}
