@@ -261,7 +261,7 @@ def test_show_tells_of_the_pcpus_while_the_vm_runs(place: Place, pcpu: int) -> N
     assert wait_until(lambda: _vm(place, "box").get("state") == "RUNNING")
     (own,) = json.loads(place.run("show", "box", "--json").stdout)["evidence"]["pcpus"]
     assert (own["pcpu"], own["other_ns"]["over"]) == (pcpu, str(pcpu))
-    assert "foreign task" in place.run("show", "box").stdout
+    assert "top task" in place.run("show", "box").stdout
 
 
 @pytest.mark.parametrize("value", ["-1", "101", "nan", "many"])
