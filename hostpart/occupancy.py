@@ -538,7 +538,10 @@ def _beside_text(one: Occupied, limit: float) -> list[tuple[int, str]]:
         seen_ns = sum(task.run_ns for task in one.tasks)
         if _too_much(seen_ns, all_ns, limit, _FLOOR_NS["stat"]):
             return [(seen_ns, f"others ran up to {_portion(seen_ns, all_ns)} on pCPU {one.over}: {named}")]
-        return []
+        if one.events or limit >= 1:
+            return []  # nothing is counted while it is offline, which is said elsewhere; or nobody minds
+        why = "the kernel does not tell" if one.irq_ns is None else "the guest ignores SIGCHLD, and has no cgroup"
+        return [(0, f"how long others ran on pCPU {one.over} is not known: {why}")]
     if _too_much(one.tasks_ns, all_ns, limit, _FLOOR_NS[one.tasks_from]):
         said = f": {named}" if named else ", tasks that had ended or left before they were searched for"
         return [(one.tasks_ns, f"others ran {_portion(one.tasks_ns, all_ns)} on pCPU {one.over}{said}")]

@@ -18,6 +18,7 @@ from hostpart import occupancy, tree
 from hostpart.cpuset import CpuSet
 from hostpart.host import Host
 from hostpart.occupancy import (
+    Event,
     ForeignTask,
     Guest,
     Interrupts,
@@ -139,7 +140,19 @@ def occupied(**figures: Any) -> Occupied:
             "others ran up to 0.30 s (10%) on pCPU 1: 'cc1' (pid 812)",
             id="the guest's own time is not known",
         ),
-        pytest.param({"other_ns": None, "tasks_ns": None}, None, id="nothing is known"),
+        pytest.param(
+            {"other_ns": None, "tasks_ns": None},
+            "how long others ran on pCPU 1 is not known: the guest ignores SIGCHLD, and has no cgroup",
+            id="nothing is known of the guest",
+        ),
+        pytest.param(
+            {"other_ns": None, "tasks_ns": None, "irq_ns": None},
+            "is not known: the kernel does not tell",
+            id="nothing is known of the pCPU",
+        ),
+        pytest.param(
+            {"other_ns": None, "tasks_ns": None, "events": (Event(0.0, 1, online=False),)}, None, id="offline"
+        ),
         pytest.param({"irq_ns": 60_000_000}, "pCPU 1 served interrupts for 0.06 s (2.0%)", id="interrupts"),
         pytest.param({"softirq_ns": 60_000_000}, "(softirq) for 0.06 s (2.0%)", id="softirqs"),
         pytest.param({"steal_ns": 60_000_000}, "took pCPU 1 away (steal) for 0.06 s (2.0%)", id="steal"),
@@ -160,7 +173,7 @@ def test_what_a_pcpu_did_taints_above_the_limit(figures: dict[str, Any], text: s
 
 def test_a_limit_of_all_is_never_passed_and_one_of_nothing_soon() -> None:
     busy = occupied(other_ns=9 * SECOND, tasks_ns=3 * SECOND, interrupts=(STORM,)).replace(other_ns=3 * SECOND)
-    assert taints([busy], 1.0) == []
+    assert taints([busy, occupied(other_ns=None, tasks_ns=None)], 1.0) == []
     assert len(taints([busy], 0.0)) == 2
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["summary"]
 
-_PCPU_HEADERS = ("pCPU", "others s", "irq ms", "softirq ms", "steal ms", "interrupts", "foreign task")
+_PCPU_HEADERS = ("pCPU", "others s", "irq ms", "softirq ms", "steal ms", "top interrupt", "top task")
 
 
 def summary(doc: Mapping[str, Any], *, colour: bool = False) -> str:
