@@ -30,8 +30,19 @@ def begin(*argv: str, **options: str) -> subprocess.Popen[str]:
 def done(*argv: str, **options: str) -> tuple[int, dict[str, Any], str]:
     """Run the probe with this command; its exit status, record and what it said."""
     process = begin(*argv, **options)
-    out, err = process.communicate(timeout=60)
+    out, err = said(process, 60)
     return process.returncode, checked(out), err
+
+
+def said(process: subprocess.Popen[str], timeout: float) -> tuple[str, str]:
+    """Wait for the probe and return both its outputs; where it does not end, nothing of it stays."""
+    try:
+        return process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        for end in (process.terminate, process.kill):  # the first ends the command, too
+            end()
+            time.sleep(4)
+        raise
 
 
 def shell(script: str, **options: str) -> tuple[int, dict[str, Any], str]:
@@ -239,7 +250,7 @@ def test_nothing_is_left_of_the_commands_process_group(way: str, tmp_path: Path)
     if way.startswith("SIGTERM"):
         assert not gone(pids)
         process.terminate()
-    out, err = process.communicate(timeout=30)
+    out, err = said(process, 30)
     assert (process.returncode, err) == (0, "")
     assert time.monotonic() - began < 15
     assert wait_until(lambda: gone(pids))
@@ -257,7 +268,7 @@ def test_what_it_printed_before_it_was_ended_counts() -> None:
 
 
 def test_a_process_that_left_the_group_and_holds_the_output_is_not_waited_for() -> None:
-    status, found, err = shell("setsid sleep 600 & echo pid=$!", metric="pid=(.*)")
+    status, found, err = shell("setsid sleep 90 & echo pid=$!", metric="pid=(.*)")
     assert (status, err) == (0, "")
     os.kill(round(value(found, "metric")), signal.SIGKILL)
 
@@ -267,7 +278,7 @@ def test_an_interrupt_ends_the_command_and_then_the_probe() -> None:
     assert wait_until(lambda: catches(process, signal.SIGTERM), 60)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=30)
+    out, _ = said(process, 30)
     assert process.returncode == -signal.SIGINT
     assert checked(out)["cut_short"] is True
 
