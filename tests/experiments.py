@@ -37,7 +37,7 @@ _UNITS = {
 # Where the aggressor of a placement sits on a host of two packages, two cores each, two threads each; victim on 2.
 _PCPUS = {"same-pcpu": "2", "sibling": "6", "same-llc": "3", "other-package": "1"}
 _VICTIM_PCPU = 2
-_RAN: dict[str, Any] = {"as": "host", "alive": True, "exit": None, "did": None}
+_RAN: dict[str, Any] = {"as": "host", "alive": True, "exit": None, "did": None, "allowed": None}
 
 FACTS: dict[str, Any] = {
     "hostname": "bench1",
@@ -314,7 +314,7 @@ def _run(slot: Mapping[str, Any], entry: float | Mapping[str, Any], session: int
         "metrics": metrics,
         "primary": metric,
         "record": record(about["victim"], metrics, metric, histograms, series) if of_probe else None,
-        "aggressors": [{**aggressor, "as": "host", "alive": True, "exit": None, "did": None}]
+        "aggressors": [{**aggressor, "as": "host", "alive": True, "exit": None, "did": None, "allowed": None}]
         if about["aggressor"]
         else [],
         "evidence": None,

@@ -21,6 +21,7 @@ from hostpart.experiment import design, results
 
 from .conftest import Place, wait_until
 
+ROOT = Path(__file__).resolve().parent.parent
 needs_two = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two usable pCPUs")
 
 QUICK = """
@@ -78,11 +79,13 @@ def test_all_faults_are_told_at_once() -> None:
     command = ["x"]
     metric = "no group"
     options = { a = 1 }
+    tool = "oslat"
+    unit = "furlong"
     [[victim]]
     probe = "noise"
     name = "x"
     unit = "s"
-    options = { json = true, threshold_ns = -1 }
+    options = { json = true, threshold_ns = -1, seconds = 3 }
     [[aggressor]]
     probe = "spin"
     options = { secnds = 3 }
@@ -98,10 +101,12 @@ def test_all_faults_are_told_at_once() -> None:
         "scope: ",
         "victim[0].probe: want one of",
         "victim[1]: want probe =",
-        "victim[2].metric: want one group",
+        "victim[2].metric: want a regular expression with one group",
+        "victim[2].unit: want one of ns,",
         "victim[2].options: are a probe's",
         "victim[3].unit: is for a command",
-        "victim[3].options.json: is set by the experiment",
+        "victim[3].options.json: is the experiment's to say",
+        "victim[3].options.seconds: is the experiment's to say: seconds at the top",
         "victim[3].options.threshold_ns: ",
         "aggressor[0].options.secnds: probe 'spin' has no option",
         "aggressor[0].count: want a whole number from 1",
@@ -111,8 +116,9 @@ def test_all_faults_are_told_at_once() -> None:
 
 
 def test_names_are_given_and_unique() -> None:
-    found = design.parse('[[victim]]\nprobe = "noise"\n[[victim]]\ncommand = ["/usr/bin/time", "x"]', "a/some.toml")
-    assert (found.name, [one.name for one in found.victims]) == ("some", ["noise", "time"])
+    text = '[[victim]]\nprobe = "noise"\n[[victim]]\ncommand = ["/usr/bin/Time|it", "x"]\n[[victim]]\ncommand = ["/"]'
+    found = design.parse(text, "a/Some File.toml")
+    assert (found.name, [one.name for one in found.victims]) == ("some-file", ["noise", "time-it", "command"])
     with pytest.raises(ConfigError, match=r"victim\[1\].name: 'noise' is victim\[0\]'s name already"):
         design.parse('[[victim]]\nprobe = "noise"\n[[victim]]\nprobe = "noise"', "x.toml")
     with pytest.raises(ConfigError, match="victim: want at least one"):
@@ -121,11 +127,15 @@ def test_names_are_given_and_unique() -> None:
 
 # -- the directory -------------------------------------------------------------------------------------------
 
-EXPERIMENT = {"schema": 1, "design": {"a": 1}, "plan": {"runs": []}}
+EXPERIMENT: dict[str, Any] = {"schema": 1, "name": "x", "design": {"a": 1}, "plan": {"conditions": [], "runs": []}}
 
 
 def _run(number: int, **more: object) -> dict[str, Any]:
-    return {"schema": 1, "run": number, "error": None, **more}
+    return {
+        "schema": 1, "run": number, "block": 0, "session": 0, "condition": "c", "victim_pcpu": 1,
+        "aggressor_pcpus": None, "metrics": {}, "primary": None, "record": None, "verdict": None, "reasons": [],
+        "error": None, **more,
+    }  # fmt: skip
 
 
 def test_a_line_that_was_cut_short_is_taken_away(tmp_path: Path) -> None:
@@ -137,13 +147,38 @@ def test_a_line_that_was_cut_short_is_taken_away(tmp_path: Path) -> None:
     whole = (here / "runs.jsonl").read_bytes()
     for cut in range(1, 12):
         (here / "runs.jsonl").write_bytes(whole[:-cut])
+        # Without its newline alone, it is whole.
+        left = [0, 1] if cut == 1 else [0]
         found = results.read(str(here))
-        assert ([run["run"] for run in found.runs], found.damaged) == (([0], 1) if cut > 1 else ([0, 1], 0))
+        assert ([run["run"] for run in found.runs], found.damaged) == (left, len(left) % 2)
         journal = results.Journal(str(here), EXPERIMENT)
         journal.append(_run(2))
         journal.close()
-        assert [run["run"] for run in results.read(str(here)).runs] == [0, 2]
+        assert [run["run"] for run in results.read(str(here)).runs] == [*left, 2]
         assert results.read(str(here)).damaged == 0
+
+
+@pytest.mark.parametrize(
+    "line", ["5", "null", "[]", '{"foo": 1}', '{"run": 1, "error": null}', "[" * 200_000, '"', "\0\0", "{"]
+)
+def test_lines_that_are_none_are_counted_and_passed_over(tmp_path: Path, line: str) -> None:
+    journal = results.Journal(str(tmp_path), EXPERIMENT)
+    journal.append(_run(0))
+    for name in ("runs.jsonl", "sessions.jsonl"):
+        with (tmp_path / name).open("a") as file:
+            file.write(line + "\n")
+    journal.append(_run(1))
+    journal.close()
+    found = results.read(str(tmp_path))
+    assert [run["run"] for run in found.runs] == [0, 1]
+    assert (found.sessions, found.damaged) == ((), 2)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 1, "plan": {}}', '{"schema": 2}', "[" * 200_000])
+def test_a_directory_that_is_none_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "experiment.json").write_text(text)
+    with pytest.raises(UsageError, match=r"experiment\.json"):
+        results.read(str(tmp_path))
 
 
 def test_the_last_line_of_a_run_counts_and_a_failed_one_is_not_done(tmp_path: Path) -> None:
@@ -164,9 +199,15 @@ def test_a_directory_is_one_experiments_and_one_processs(tmp_path: Path) -> None
     with pytest.raises(UsageError, match="another process"):
         results.Journal(here, EXPERIMENT)
     journal.close()
-    results.Journal(here, {**EXPERIMENT, "hostpart": "later"}).close()
-    with pytest.raises(UsageError, match="another design"):
-        results.Journal(here, {**EXPERIMENT, "design": {"a": 2}})
+    later: dict[str, Any] = {"hostpart": "later", "design": {"a": 1, "source": "elsewhere.toml"}}
+    results.Journal(here, {**EXPERIMENT, **later, "plan": {**EXPERIMENT["plan"], "seconds": 3}}).close()
+    with pytest.raises(UsageError, match="its design differs in a, b"):
+        results.Journal(here, {**EXPERIMENT, "design": {"a": 2, "b": 1}})
+    with pytest.raises(UsageError, match="its plan differs in runs, as on a host"):
+        results.Journal(here, {**EXPERIMENT, "plan": {"conditions": [], "runs": [1]}})
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "experiment.json.new").touch()  # of one that was killed as it began
+    results.Journal(str(tmp_path / "cut"), EXPERIMENT).close()
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "thesis.txt").touch()
     with pytest.raises(UsageError, match="not empty"):
@@ -179,7 +220,7 @@ FULL = """
 import sys
 from hostpart.experiment import results
 from hostpart.errors import Failed
-journal = results.Journal(sys.argv[1], {"schema": 1, "design": {}, "plan": {}})
+journal = results.Journal(sys.argv[1], {"schema": 1, "name": "", "design": {}, "plan": {"conditions": [], "runs": []}})
 made = 0
 try:
     while True:
@@ -358,8 +399,9 @@ def test_a_taken_pcpu_is_refused_before_anything_is_made(place: Place, tmp_path:
     assert wait_until(lambda: len(place.free()) == 1)
     done = place.run("experiment", _file(tmp_path), "--out", str(tmp_path / "a"))
     assert done.returncode == 3
-    assert "is leased to a VM" in done.stderr
-    assert not (tmp_path / "a").exists()
+    assert "the plan takes pCPU" in done.stderr
+    assert "of which a VM has" in done.stderr
+    assert not (tmp_path / "a" / "runs.jsonl").read_text()
     process.terminate()
     process.wait(30)
 
@@ -390,3 +432,180 @@ def test_progress_on_a_terminal_and_elsewhere(place: Place, tmp_path: Path) -> N
     lines = plain.stderr.splitlines()
     assert [line.split(":")[0] for line in lines if line.startswith("run ")] == [f"run {n} of 3" for n in (1, 2, 3)]
     assert "\x1b" not in plain.stderr
+
+
+def _open_terminal(place: Place, *args: str) -> tuple[subprocess.Popen[str], int]:
+    # A command with a terminal of its own, which is its controlling one.
+    master, slave = os.openpty()
+    process = place.start(*args, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+    os.close(slave)
+    return process, master
+
+
+@needs_two
+def test_a_terminal_that_is_closed_costs_no_run(place: Place, tmp_path: Path) -> None:
+    file, out = _file(tmp_path, QUICK.replace("seconds = 0.1", "seconds = 0.5")), tmp_path / "out"
+    process, master = _open_terminal(place, "experiment", "--no-report", file, "--out", str(out))
+    assert wait_until(lambda: (out / "runs.jsonl").exists() and len(_runs(out)) == 1, 30)
+    os.close(master)
+    # There is no job control here, so nobody sends SIGHUP: it goes on, and says nothing.
+    assert process.wait(60) == 0
+    assert len(_runs(out)) == 3
+    assert wait_until(place.is_clean)
+
+
+@needs_two
+def test_nohup_is_minded(place: Place, tmp_path: Path) -> None:
+    file, out = _file(tmp_path), tmp_path / "out"
+    process = place.start(
+        "experiment", "--no-report", file, "--out", str(out),
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )  # fmt: skip
+    assert wait_until(lambda: (out / "runs.jsonl").exists() and len(_runs(out)) == 1, 30)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 0
+    assert len(_runs(out)) == 3
+
+
+@needs_two
+def test_a_suspended_experiment_leaves_nothing_running_and_makes_the_run_again(place: Place, tmp_path: Path) -> None:
+    file, out = _file(tmp_path, QUICK.replace("seconds = 0.1", "seconds = 1.5")), tmp_path / "out"
+    process = place.start("experiment", "--no-report", file, "--out", str(out))
+    assert wait_until(lambda: (out / "runs.jsonl").exists() and len(_runs(out)) == 1, 30)
+    assert wait_until(lambda: len(place.processes()) >= 5, 30)
+    process.send_signal(signal.SIGTSTP)
+    stopped = wait_until(lambda: (stat := procfs.read_stat(process.pid)) is not None and stat.state == "T", 30)
+    assert stopped
+    assert wait_until(lambda: place.processes() == [process.pid]), place.processes()
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(60) == 0
+    assert [(run["run"], run["error"]) for run in _runs(out)] == [(0, None), (1, None), (2, None)]
+    assert place.is_clean()
+
+
+@needs_two
+def test_signals_in_a_row_leave_nothing(place: Place, tmp_path: Path) -> None:
+    file, out = _file(tmp_path, QUICK.replace("seconds = 0.1", "seconds = 5")), tmp_path / "out"
+    process = place.start("experiment", file, "--out", str(out))
+    assert wait_until(lambda: len(place.processes()) >= 3, 30)
+    for _ in range(5):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in told
+    assert wait_until(place.is_clean), place.processes()
+    assert not (out / "running").exists()
+
+
+@needs_two
+def test_an_aggressor_is_at_work_before_the_victim_is(place: Place, tmp_path: Path) -> None:
+    """Its loop is compiled first, which takes longer than the victim's whole run."""
+    text = QUICK.replace('probe = "spin"', 'probe = "integer"').replace("count = 2", "")
+    done = place.run("experiment", "--no-report", _file(tmp_path, text), "--out", str(tmp_path / "a"))
+    assert done.returncode == 0, done.stderr
+    one = _runs(tmp_path / "a")[1]
+    assert one["aggressors"][0]["did"]["value"] > 0
+    assert one["record"]["metrics"]["time_lost"]["value"] > 20
+
+
+@needs_two
+def test_an_aggressor_that_goes_elsewhere_is_said(place: Place, tmp_path: Path) -> None:
+    script = "taskset -pc 0-8191 $$ > /dev/null; while :; do :; done"
+    text = QUICK.replace('probe = "spin"', f"command = ['sh', '-c', '{script}']").replace("count = 2", "")
+    done = place.run("experiment", "--no-report", _file(tmp_path, text), "--out", str(tmp_path / "a"))
+    assert done.returncode == 1
+    assert "spinners was to run on pCPU" in done.stderr
+    assert place.is_clean()
+
+
+@needs_two
+def test_what_an_aggressor_writes_is_not_kept(place: Place, tmp_path: Path) -> None:
+    lines = '{"schema":1,"metrics":{"x":{"value":NaN}},"primary":"x"}'
+    script = f"yes {json.dumps(lines)} | head -c 50000000; exec sleep 100"
+    text = QUICK.replace('probe = "spin"', f"command = ['sh', '-c', {json.dumps(script)}]").replace("count = 2", "")
+    done = place.run("experiment", "--no-report", _file(tmp_path, text), "--out", str(tmp_path / "a"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a" / "runs.jsonl").stat().st_size < 200_000
+
+
+@needs_two
+def test_a_users_own_settings_for_probes_are_no_part_of_it(place: Place, tmp_path: Path) -> None:
+    place.env |= {"HOSTPART_PROBE_SLICE_MS": "1", "HOSTPART_PROBE_THRESHOLD_NS": "5000000"}
+    done = place.run("experiment", "--no-report", _file(tmp_path), "--out", str(tmp_path / "a"))
+    assert done.returncode == 0, done.stderr
+    assert {run["record"]["parameters"]["slice_ms"] for run in _runs(tmp_path / "a")} == {100}
+
+
+@needs_two
+def test_one_experiment_at_a_time(place: Place, tmp_path: Path) -> None:
+    file = _file(tmp_path, QUICK.replace("seconds = 0.1", "seconds = 30"))
+    process = place.start("experiment", "--no-report", file, "--out", str(tmp_path / "a"))
+    assert wait_until(lambda: len(place.processes()) >= 3, 30)
+    second = place.run("experiment", "--no-report", file, "--out", str(tmp_path / "b"))
+    assert (second.returncode, "another experiment runs on this host" in second.stderr) == (2, True)
+    same = place.run("experiment", "--no-report", file, "--out", str(tmp_path / "a"))
+    assert (same.returncode, "another process is writing" in same.stderr) == (2, True)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+
+
+def test_a_level_that_cannot_be_reached_is_refused_before_anything_is_made(nobodys_place: Place) -> None:
+    folder = nobodys_place.leases.parent
+    file = _file(folder, QUICK.replace("processes", 'isolation = ["affinity", "cpuset"]\nprocesses'))
+    out = folder / "run" / "out"
+    done = nobodys_place.run("experiment", "--no-report", file, "--out", str(out))
+    assert done.returncode == 4, done.stderr
+    assert "level 'cpuset' is required and cannot be reached" in done.stderr
+    assert not (out / "runs.jsonl").read_text()
+
+
+@needs_two
+def test_strict_weighs_what_was_not_planned(place: Place, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    assert place.run("experiment", "--no-report", _file(tmp_path), "--out", str(out)).returncode == 0
+    made = _runs(out)
+
+    def judged(**verdicts: str) -> int:
+        for run in made:
+            run["verdict"] = verdicts["alone" if run["aggressor"] is None else "beside"]
+        (out / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in made))
+        return place.run(
+            "experiment", "--no-report", "--strict", str(tmp_path / "quick.toml"), "--out", str(out)
+        ).returncode
+
+    assert judged(alone="held", beside="tainted") == 0
+    assert judged(alone="tainted", beside="tainted") == 5
+    assert judged(alone="held", beside="broken") == 5
+
+
+def test_placements_that_the_host_lacks_are_told(place: Place, tmp_path: Path) -> None:
+    lacking = _file(tmp_path, QUICK.replace('"same-pcpu"', '"other-package"'), "a.toml")
+    some = _file(tmp_path, QUICK.replace('"same-pcpu"', '"same-pcpu", "other-package"'), "b.toml")
+    one = place.run("experiment", "--plan", lacking, "--host", "tests/machines/2c-firecracker", cwd=ROOT)
+    assert (one.returncode, "this host has none of the placements other-package" in one.stderr) == (2, True)
+    two = place.run("experiment", "--plan", some, "--host", "tests/machines/2c-firecracker", cwd=ROOT)
+    assert (two.returncode, two.stderr) == (0, "hostpart: this host has no other-package: left out\n")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--seconds", "0"), ("--seconds", "1e8"), ("--seconds", "nan"), ("--seed", "-1"), ("--seed", "9" * 23),
+     ("--processes", "0"), ("--processes", "10001"), ("--processes", "x")],
+)  # fmt: skip
+def test_options_take_what_the_file_takes(place: Place, option: str, value: str) -> None:
+    done = place.run("experiment", "--plan", "example:interference", option, value)
+    assert done.returncode == 2
+    assert f"argument {option}: want a " in done.stderr
+
+
+@needs_two
+def test_without_the_extra_runs_are_made_where_no_page_is_wanted(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "rich").mkdir()
+    (tmp_path / "rich" / "__init__.py").write_text("raise ImportError('not installed')")
+    place.env["PYTHONPATH"] = str(tmp_path)
+    process, master = _open_terminal(place, "experiment", "--no-report", _file(tmp_path), "--out", str(tmp_path / "a"))
+    assert process.wait(60) == 0
+    os.close(master)
+    closed = place.run("experiment", "--no-report", _file(tmp_path), "--out", str(tmp_path / "b"))
+    assert closed.returncode == 0

@@ -6,9 +6,11 @@ import argparse
 import os
 import shlex
 import signal
+import socket
 import sys
 import time
 
+from .. import recovery
 from ..config import ServiceVm
 from ..cpuset import CpuSet
 from ..errors import DoesNotFit, HostpartError, UsageError
@@ -21,23 +23,28 @@ from ..experiment.sharing import placements
 from ..front import say
 from ..host import Host
 from ..hypervisor import Hypervisor
-from ..isolation import LEVELS
+from ..isolation import LEVELS, Wish
 from ..launcher import supply_now
 from ..lease import Leases, Survey
 from ..service_vm import keep_wish
+from ..topology import read_topology
 from . import options
 from .plan import topology_of
-from .run import refuse_nested
-from .table import colour_wanted, table
+from .run import check_wish, refuse_nested
+from .table import colour_wanted, plain, table
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from types import FrameType
-    from typing import Any
+    from typing import Any, TypeVar
 
     from ..experiment.design import Design
     from ..experiment.schedule import Plan
+    from ..experiment.sharing import Placement
     from ..topology import Topology
+
+    T = TypeVar("T")
 
 __all__ = ["add", "run"]
 
@@ -62,9 +69,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", action="store_true", help="show the schedule and how long it takes; change nothing")
     parser.add_argument("--host", metavar="TOPOLOGY", help="with --plan: for another machine, as with 'hostpart plan'")
     parser.add_argument("--out", metavar="DIR", help="where to keep the results (default: NAME-results)")
-    parser.add_argument("--processes", type=options.count, metavar="N", help="per condition, instead of the file's")
-    parser.add_argument("--seconds", type=options.seconds, metavar="S", help="each measures, instead of the file's")
-    parser.add_argument("--seed", type=int, metavar="N", help="of the order of the runs, instead of the file's")
+    parser.add_argument("--processes", type=_processes, metavar="N", help="per condition, instead of the file's")
+    parser.add_argument("--seconds", type=_seconds, metavar="S", help="each measures, instead of the file's")
+    parser.add_argument("--seed", type=_seed, metavar="N", help="of the order of the runs, instead of the file's")
     parser.add_argument("--isolation", choices=LEVELS, help="the victims' level, instead of the file's")
     parser.add_argument(
         "--scope", type=_scope, metavar="SCOPE", help="instead of the file's; 'experiment': its own tasks"
@@ -77,15 +84,19 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the experiment, or show its plan."""
     refuse_nested()
-    design = _design(args)
     if args.host and not args.plan:
         raise UsageError("--host is for a plan: runs are made on this host only", "add --plan")
+    if args.json and args.no_report and not args.plan:
+        raise UsageError("--json prints the analysis, which --no-report leaves out", "leave one of them out")
+    design = _design(args)
     host = Host()
+    if not args.plan:
+        recovery.tidy()
     topology = topology_of(args.host)
     kept = Hypervisor.keep_of(topology, keep_wish(ServiceVm(), CpuSet()), Survey(CpuSet(), CpuSet()))
     places = placements(topology, kept, design.placements, design.victim_pcpu, {} if args.host else distances(host))
+    _tell_lacking(design, places)
     plan = schedule.plan(design, places, kept)
-    out = args.out or f"{design.name}-results"
     document = {
         "schema": 1,
         "hostpart": _version(),
@@ -97,25 +108,86 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.plan:
         return _show_plan(args, design, plan, topology, document)
-    victims = CpuSet.of(place.victim for place in places)
-    if taken := supply_now(topology, ServiceVm(), CpuSet(), Leases()).taken & victims:
-        raise DoesNotFit(
-            len(victims), topology.usable - kept - taken, [f"the victim's pCPU {taken} is leased to a VM"],
-            "see 'hostpart ps'; end that VM, or name another pCPU with victim_pcpu in the file",
-        )  # fmt: skip
     if not args.no_report:
         need()
-    journal = results.Journal(out, document)
+    journal = results.Journal(args.out or f"{design.name}-results", document)
     try:
         return _run(args, design, plan, kept, journal, host)
     finally:
         journal.close()
 
 
+def _tell_lacking(design: Design, places: Sequence[Placement]) -> None:
+    lacking = [one for one in design.placements if one not in {place.degree for place in places}]
+    if lacking and len(lacking) == len(design.placements):
+        raise UsageError(
+            f"{design.source}: this host has none of the placements {', '.join(lacking)}",
+            "see with 'hostpart topology' what it has, or take placements = \"all\"",
+        )
+    if lacking:
+        say(f"this host has no {', '.join(lacking)}: left out")
+
+
+def _check_host(design: Design, plan: Plan, topology: Topology, kept: CpuSet) -> None:
+    # What cannot be, before anything is made.
+    for level in design.isolation:
+        scope = design.scope.replace(designs.OWN_SCOPE, f"tree:{os.getpid()}")
+        check_wish(Wish(level, scope, require=True))
+    needed = kept | CpuSet.of(one.victim_pcpu for one in plan.conditions)
+    for one in plan.conditions:
+        needed |= one.aggressor_pcpus or CpuSet()
+    taken = supply_now(topology, ServiceVm(), CpuSet(), Leases()).taken & needed
+    if taken:
+        raise DoesNotFit(
+            len(needed),
+            needed - taken,
+            [f"the plan takes pCPU {needed}, of which a VM has {taken}"],
+            "see 'hostpart ps'; end that VM, or leave its pCPUs out: 'taskset -c LIST hostpart experiment ...'",
+        )
+
+
+def _alone() -> socket.socket:
+    # The name goes with its holder. A lease would not do: the victims take and give back theirs.
+    here = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    try:
+        here.bind(f"\0hostpart-experiment:{os.environ.get('HOSTPART_LEASE_DIR', '')}")
+    except OSError:
+        here.close()
+        raise UsageError(
+            "another experiment runs on this host, and the two would disturb each other",
+            "wait for it: 'pgrep -af \"hostpart experiment\"' shows which it is",
+        ) from None
+    return here
+
+
 def _version() -> str:
     from .. import __version__
 
     return __version__
+
+
+def _processes(text: str) -> int:
+    return _read(designs.processes, int, text)
+
+
+def _seconds(text: str) -> float:
+    return _read(designs.seconds, float, text)
+
+
+def _seed(text: str) -> int:
+    return _read(designs.seed, int, text)
+
+
+def _read(reader: Callable[[object], T], kind: type, text: str) -> T:
+    # As the file's key is read.
+    try:
+        value = kind(text) if text.isascii() else text
+    except ValueError:
+        value = text
+    try:
+        return reader(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _scope(text: str) -> str:
@@ -158,6 +230,8 @@ def _show_plan(
     first = [one.condition for one in plan.runs if one.block == 0]
     order = " ".join(one.placement if one.aggressor is None else f"[{one.aggressor} {one.placement}]" for one in first)
     print(table(headers, rows, colour=colour_wanted(sys.stdout)))
+    if any(one.command for one in design.victims):
+        print(f"\na run of a command is taken to last as long as one of a probe: {design.seconds:g} s")
     print(
         f"\n{len(plan.runs)} runs in {blocks} blocks, about {_duration(plan.seconds)}; seed {design.seed}; "
         f"usable pCPUs {topology.usable}\nfirst block: {order}"
@@ -168,60 +242,88 @@ def _show_plan(
 def _run(
     args: argparse.Namespace, design: Design, plan: Plan, kept: CpuSet, journal: results.Journal, host: Host
 ) -> int:
-    stopped, code, failure = 0, 0, None
     before = results.read(journal.directory)
     done = before.done & {one.number for one in plan.runs}
-    if len(done) == len(plan.runs):
-        say(f"all {len(done)} runs are made already: {journal.directory}; name another --out DIR to make them anew")
-    else:
-        session = len(before.sessions)
-        journal.begin(
-            {
-                "schema": 1,
-                "session": session,
-                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
-                "cwd": os.getcwd(),
-                "boot_id": host.read_text("proc/sys/kernel/random/boot_id").strip(),
-                "facts": read_facts(host),
-            }
-        )
-        if done:
-            say(f"{len(done)} of {len(plan.runs)} runs are made already; going on in {journal.directory}")
-        from .progress import Progress
-
-        with Progress(plan, done, sys.stderr) as progress:
-            runner = Runner(design, plan, journal, session, kept, progress.hear)
-            signal.signal(signal.SIGTERM, _interrupt)
-            signal.signal(signal.SIGHUP, _interrupt)
-            try:
-                runner.run(done)
-            except KeyboardInterrupt as interrupt:
-                stopped = int(interrupt.args[0]) if interrupt.args else int(signal.SIGINT)
-            except HostpartError as error:
-                failure = error
-        if runner.given_up and failure is None:
-            say(f"given up, since run after run failed: {', '.join(runner.given_up)}; the same command tries again")
+    stopped, code, failure = 0, 0, None
+    handled = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in handled.items():
+        if handler != signal.SIG_IGN:  # as under nohup(1)
+            signal.signal(number, _interrupt)
     try:
-        code = _tell(args, journal.directory)
-    except HostpartError:
-        if failure is None:
-            raise
-    if failure is not None:
-        raise failure  # what stopped the runs; a full disk stops the page as well
+        if len(done) == len(plan.runs):
+            _tell(
+                f"all {len(done)} runs are made already: {journal.directory}; name another --out DIR to make them anew"
+            )
+        else:
+            with _alone():
+                _check_host(design, plan, read_topology(host), kept)
+                stopped, failure = _make(design, plan, kept, journal, host, before, done)
+        code = _show(args, journal.directory)
+    except KeyboardInterrupt as interrupt:
+        stopped = stopped or _number(interrupt)
+    except HostpartError as error:
+        failure = failure or error  # what stopped the runs; a full disk stops the page as well
+    finally:
+        for number, handler in handled.items():
+            signal.signal(number, handler)
     if stopped:
         made = len(results.read(journal.directory).done)
         again = shlex.join(["hostpart", *sys.argv[1:]])
-        say(f"stopped with {made} of {len(plan.runs)} runs made; the same command goes on: {again}")
+        _tell(f"stopped with {made} of {len(plan.runs)} runs made; the same command goes on: {again}")
         return 128 + stopped
+    if failure is not None:
+        raise failure
     return code
+
+
+def _make(
+    design: Design,
+    plan: Plan,
+    kept: CpuSet,
+    journal: results.Journal,
+    host: Host,
+    before: results.Results,
+    done: frozenset[int],
+) -> tuple[int, HostpartError | None]:
+    # Make the runs; return the signal that stopped them, or 0, and the error that did.
+    session = len(before.sessions)
+    journal.begin(
+        {
+            "schema": 1,
+            "session": session,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "command": ["hostpart", *sys.argv[1:]],
+            "cwd": os.getcwd(),
+            "boot_id": host.read_text("proc/sys/kernel/random/boot_id").strip(),
+            "facts": read_facts(host),
+        }
+    )
+    if done:
+        _tell(f"{len(done)} of {len(plan.runs)} runs are made already; going on in {journal.directory}")
+    from .progress import Progress
+
+    with Progress(plan, done, sys.stderr) as progress:
+        runner = Runner(design, plan, journal, session, kept, progress.hear)
+        try:
+            runner.run(done)
+        except KeyboardInterrupt as interrupt:
+            return _number(interrupt), None
+        except HostpartError as error:
+            return 0, error
+    if runner.given_up:
+        _tell(f"given up, since run after run failed: {', '.join(runner.given_up)}; the same command tries again")
+    return 0, None
+
+
+def _number(interrupt: KeyboardInterrupt) -> int:
+    return int(interrupt.args[0]) if interrupt.args else int(signal.SIGINT)
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt(number)
 
 
-def _tell(args: argparse.Namespace, directory: str) -> int:
+def _show(args: argparse.Namespace, directory: str) -> int:
     found = results.read(directory)
     if not args.no_report:
         from ..experiment.analysis import analyse, keep
@@ -242,10 +344,19 @@ def _tell(args: argparse.Namespace, directory: str) -> int:
     failed = [one for one in found.runs if one["error"] is not None]
     for problem, remedy in dict.fromkeys((one["error"]["problem"], one["error"]["remedy"]) for one in failed):
         count = sum(1 for one in failed if one["error"]["problem"] == problem)
-        say(f"{count} run{'s' * (count > 1)} failed: {problem}\ntry: {remedy}")
-    if args.strict and any(one["verdict"] != "held" for one in found.runs):
+        _tell(f"{count} run{'s' * (count > 1)} failed: {plain(problem)}\ntry: {plain(remedy)}")
+    # What an aggressor taints that is on the victim's pCPU by design was asked for.
+    bad = [one for one in found.runs if one["verdict"] != "held"]
+    if args.strict and any(one["verdict"] != "tainted" or not results.overlaps(one) for one in bad):
         return 5
     return 1 if failed else 0
+
+
+def _tell(text: str) -> None:
+    try:
+        say(text)
+    except (OSError, AttributeError):
+        pass  # the terminal is gone, or there never was one; the runs count
 
 
 def _duration(seconds: float) -> str:

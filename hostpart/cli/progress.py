@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 
+from .table import plain
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
     from types import TracebackType
     from typing import Any, TextIO
 
@@ -27,24 +29,19 @@ class Progress:
     :param stream: where to; the display is for a terminal only
     """
 
-    def __init__(self, plan: Plan, done: Collection[int], stream: TextIO) -> None:
+    def __init__(self, plan: Plan, done: Collection[int], stream: TextIO | None) -> None:
         self.plan, self.made, self.failed = plan, len(done), 0
         self._stream = stream
-        self._live: Live | None = None
-        if stream.isatty():
-            from rich.console import Console
-            from rich.live import Live
-
-            self._live = Live(console=Console(file=stream), auto_refresh=False, transient=True)
+        self._live: Live | None = _display_on(stream)
         self._left = sum(1 for one in plan.runs if one.number not in done)
         self._spent_s = 0.0
         self._new = 0
         self._last: dict[str, str] = {}
+        self._now: Run | None = None
         self._begun = time.monotonic()
 
     def __enter__(self) -> Progress:
-        if self._live is not None:
-            self._live.start()
+        self._on_terminal(lambda live: live.start())
         return self
 
     def __exit__(
@@ -54,33 +51,45 @@ class Progress:
 
     def close(self) -> None:
         """Take the display away; what was said stays."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        self._on_terminal(lambda live: live.stop())
+        self._live = None
 
     def hear(self, run: Run, document: dict[str, Any] | None) -> None:
-        """Take what the runner says: *document* is None before a run."""
+        """Take what the runner says: *document* is None before a run, and while it lasts."""
         if document is None:
-            self._begun = time.monotonic()
-            if self._live is not None:
-                self._live.update(self._display(run), refresh=True)
+            if self._now is not run:
+                self._now, self._begun = run, time.monotonic()
+            self._on_terminal(lambda live: live.update(self._display(run), refresh=True))
             return
+        self._now = None
         self._spent_s += time.monotonic() - self._begun
         self._new += 1
         self._left -= 1
         self.made += 1
         self.failed += document["error"] is not None
-        self._last[run.condition.id] = self._figure(document)
+        self._last[run.condition.id] = plain(self._figure(document))
+        if self._live is None and self._stream is not None:
+            try:
+                self._stream.write(
+                    f"run {run.number + 1} of {len(self.plan.runs)}: {_where(run)}: {self._last[run.condition.id]}; "
+                    f"{self._rest()} left\n"
+                )
+                self._stream.flush()
+            except OSError:
+                self._stream = None  # nobody reads it any more; the runs count
+
+    def _on_terminal(self, draw: Callable[[Live], None]) -> None:
         if self._live is None:
-            self._stream.write(
-                f"run {run.number + 1} of {len(self.plan.runs)}: {_where(run)}: {self._last[run.condition.id]}; "
-                f"{self._rest()} left\n"
-            )
-            self._stream.flush()
+            return
+        try:
+            draw(self._live)
+        except OSError:
+            self._live = self._stream = None  # the terminal is gone
 
     def _rest(self) -> str:
         each = self._spent_s / self._new if self._new else self.plan.seconds / max(1, len(self.plan.runs))
-        minutes, seconds = divmod(round(each * self._left), 60)
+        ran = time.monotonic() - self._begun if self._now else 0.0
+        minutes, seconds = divmod(round(max(0.0, each * self._left - min(ran, each))), 60)
         return f"{minutes} min {seconds:02} s"
 
     def _figure(self, document: dict[str, Any]) -> str:
@@ -115,9 +124,20 @@ class Progress:
                     if condition.aggressor is None
                     else (f"{condition.aggressor} {condition.placement}")
                 )
-                shown.add_row(mark, condition.victim, where, Text(last))
+                shown.add_row(mark, Text(condition.victim), Text(where), Text(last))
         grid.add_row(shown)
         return grid
+
+
+def _display_on(stream: TextIO | None) -> Live | None:
+    if stream is None or not stream.isatty():
+        return None
+    try:
+        from rich.console import Console
+        from rich.live import Live
+    except ImportError:
+        return None  # who leaves the report out does not need the extra
+    return Live(console=Console(file=stream), auto_refresh=False, transient=True)
 
 
 def _where(run: Run) -> str:

@@ -177,7 +177,7 @@ def parse(text: str | bytes, source: str) -> Design:
     """
     faults = Faults(source)
     top = Table("", read_toml(text, source), faults)
-    default = os.path.basename(source.removeprefix(EXAMPLE_PREFIX)).removesuffix(".toml")
+    default = _name_of(source.removeprefix(EXAMPLE_PREFIX).removesuffix(".toml")) or "experiment"
     isolation = top.read("isolation", lambda value: _some(value, LEVELS), Design.isolation)
     design = Design(
         top.read("name", _name, default),
@@ -187,12 +187,12 @@ def parse(text: str | bytes, source: str) -> Design:
         top.read("placements", _placements, Design.placements),
         isolation,
         top.read("scope", _scope, Design.scope),
-        top.read("processes", lambda value: read_whole(value, 1, 10_000), Design.processes),
-        top.read("seconds", lambda value: read_number(value, 0.01, 86_400), Design.seconds),
+        top.read("processes", processes, Design.processes),
+        top.read("seconds", seconds, Design.seconds),
         top.read("warmup", lambda value: read_number(value, 0, 3_600), Design.warmup),
         top.read("settle", lambda value: read_number(value, 0, 3_600), Design.settle),
         top.read("timeout", lambda value: read_number(value, 0.1, 86_400), Design.timeout),
-        top.read("seed", lambda value: read_whole(value, 0, 2**63 - 1), Design.seed),
+        top.read("seed", seed, Design.seed),
         top.read("victim_pcpu", lambda value: read_whole(value, 0, 8191), None),
     )
     if not design.victims and "victim" not in top.rest:
@@ -203,6 +203,24 @@ def parse(text: str | bytes, source: str) -> Design:
     if faults.found:
         raise DesignError(source, faults.found)
     return design
+
+
+def processes(value: object) -> int:
+    """Return how many processes per condition *value* says.
+
+    :raises ValueError: saying what is wanted; so for the two below
+    """
+    return read_whole(value, 1, 10_000)
+
+
+def seconds(value: object) -> float:
+    """Return how long each measures."""
+    return read_number(value, 0.01, 86_400)
+
+
+def seed(value: object) -> int:
+    """Return the seed of the order."""
+    return read_whole(value, 0, 2**63 - 1)
 
 
 def _tables(top: Table, key: str) -> list[Table]:
@@ -223,16 +241,16 @@ def _read_victim(table: Table) -> Victim:
     for key, value in (("unit", unit), ("tool", tool)):
         if value and not command:
             table.fault(key, "is for a command; a probe says it itself")
-    if command and metric and not tool:
-        _check_pattern(table, metric)
-    name = table.read("name", _name, probe or os.path.basename(command[0] if command else ""))
+    if command:
+        _check_command(table, metric, tool)
+    name = table.read("name", _name, probe or _name_of(command[0] if command else "") or "command")
     table.refuse_others()
     return Victim(name, probe, command, options, metric, unit, better, tool)
 
 
 def _read_aggressor(table: Table) -> Aggressor:
     probe, command, options = _read_program(table, _AGGRESSORS)
-    name = table.read("name", _name, probe or os.path.basename(command[0] if command else ""))
+    name = table.read("name", _name, probe or _name_of(command[0] if command else "") or "command")
     count = table.read("count", lambda value: read_whole(value, 1, 8192), Aggressor.count)
     vm = table.read("vm", read_flag, Aggressor.vm)
     table.refuse_others()
@@ -271,8 +289,10 @@ def _check_options(table: Table, probe: str, options: list[tuple[str, str]]) -> 
 
     kind: Probe = __import__(f"workers.probes.{probe}", fromlist=["PROBE"]).PROBE
     for key, text in options:
-        if key == "json":
-            table.fault(key, "is set by the experiment")
+        if key in ("json", "seconds", "warmup"):
+            table.fault(
+                key, "is the experiment's to say" + ("" if key == "json" else f": {key} at the top of the file")
+            )
             continue
         try:
             parameter.from_options(probe, kind.parameters, [f"--{key.replace('_', '-')}={text}"])
@@ -280,16 +300,18 @@ def _check_options(table: Table, probe: str, options: list[tuple[str, str]]) -> 
             table.fault(key, refusal.problem)
 
 
-def _check_pattern(table: Table, pattern: str) -> None:
-    import re
+def _check_command(table: Table, metric: str, tool: str) -> None:
+    # By the probe that will run it.
+    from workers.probes import parameter
+    from workers.probes.command import PROBE
+    from workers.probes.refusal import Refused
 
-    try:
-        groups = re.compile(pattern).groups
-    except re.error as error:
-        table.fault("metric", f"is no regular expression: {error}")
-        return
-    if groups != 1:
-        table.fault("metric", f"want one group, the number, such as 'took ([0-9.]+) ms', got {groups} groups")
+    for key, option, text in (("metric", "--metric", metric), ("tool", "--parse", tool)):
+        if text:
+            try:
+                parameter.from_options("command", PROBE.parameters, [f"{option}={text}"])
+            except Refused as refusal:
+                table.fault(key, refusal.problem.removeprefix(f"{option}: "))
 
 
 def _check_names(key: str, names: list[str], faults: Faults) -> None:
@@ -305,6 +327,12 @@ def _name(value: object) -> str:
             f"a name has 1 to 40 of a-z, 0-9, '.', '_', '-', and starts with a letter or digit, got {shown(text)}"
         )
     return text
+
+
+def _name_of(path: str) -> str:
+    # A name like that of the file at *path*, in the letters that a name may have.
+    text = os.path.basename(path.rstrip("/")).lower()
+    return "".join(c if c in _NAME else "-" for c in text).strip("._-")[:40].strip("._-")
 
 
 def _some(value: object, choices: tuple[str, ...]) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ import fcntl
 import json
 import os
 
+from ..cpuset import CpuSet
 from ..errors import Failed, UsageError
 from ..value import Value
 
@@ -26,7 +27,26 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-__all__ = ["Journal", "Results", "read"]
+__all__ = ["Journal", "Results", "overlaps", "read"]
+
+_NONE = type(None)
+_EXPERIMENT: dict[str, type | tuple[type, ...]] = {"schema": int, "name": str, "design": dict, "plan": dict}
+_PLAN: dict[str, type | tuple[type, ...]] = {"conditions": list, "runs": list}
+_SESSION: dict[str, type | tuple[type, ...]] = {"session": int, "started": str, "facts": dict}
+_RUN: dict[str, type | tuple[type, ...]] = {
+    "run": int,
+    "block": int,
+    "session": int,
+    "condition": str,
+    "victim_pcpu": int,
+    "aggressor_pcpus": (str, _NONE),
+    "metrics": dict,
+    "primary": (str, _NONE),
+    "record": (dict, _NONE),
+    "verdict": (str, _NONE),
+    "reasons": list,
+    "error": (dict, _NONE),
+}
 
 EXPERIMENT, SESSIONS, RUNS = "experiment.json", "sessions.jsonl", "runs.jsonl"
 
@@ -62,15 +82,15 @@ def read(directory: str) -> Results:
     try:
         with open(path, encoding="utf-8") as file:
             experiment = json.load(file)
-        if not isinstance(experiment, dict) or experiment.get("schema") != 1 or "plan" not in experiment:
+        if not _is(experiment, _EXPERIMENT) or experiment["schema"] != 1 or not _is(experiment["plan"], _PLAN):
             raise ValueError("it is not an experiment of a version that this hostpart reads")
-        sessions, cut = _lines(os.path.join(directory, SESSIONS))
-        runs, more = _lines(os.path.join(directory, RUNS))
+        sessions, cut = _lines(os.path.join(directory, SESSIONS), _SESSION)
+        runs, more = _lines(os.path.join(directory, RUNS), _RUN)
     except OSError as error:
         raise UsageError(
             f"{directory}: {error.strerror}: {error.filename}", "name a directory that 'hostpart experiment' wrote"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: {error}", "name a directory that 'hostpart experiment' wrote") from None
     latest = {run["run"]: run for run in runs}
     return Results(
@@ -78,7 +98,15 @@ def read(directory: str) -> Results:
     )
 
 
-def _lines(path: str) -> tuple[list[dict[str, Any]], int]:
+def overlaps(run: Mapping[str, Any]) -> bool:
+    """Whether the aggressor may run on the victim's pCPU by design: what its presence taints was planned then.
+
+    :param run: a run, or a condition
+    """
+    return run["victim_pcpu"] in CpuSet.parse(run["aggressor_pcpus"] or "")
+
+
+def _lines(path: str, fields: Mapping[str, type | tuple[type, ...]]) -> tuple[list[dict[str, Any]], int]:
     try:
         with open(path, "rb") as file:
             data = file.read()
@@ -87,10 +115,21 @@ def _lines(path: str) -> tuple[list[dict[str, Any]], int]:
     found, damaged = [], 0
     for line in data.splitlines():
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            document = json.loads(line)
+        except (ValueError, RecursionError):
+            document = None
+        if _is(document, fields):
+            found.append(document)
+        else:
             damaged += 1
     return found, damaged
+
+
+def _is(document: object, fields: Mapping[str, type | tuple[type, ...]]) -> bool:
+    # Whether it has what is asked of it without looking; the schemas say it all.
+    return isinstance(document, dict) and all(
+        name in document and isinstance(document[name], kind) for name, kind in fields.items()
+    )
 
 
 class Journal:
@@ -102,38 +141,54 @@ class Journal:
 
     def __init__(self, directory: str, experiment: Mapping[str, Any]) -> None:
         self.directory = directory
+        self._fds: list[int] = []
         try:
-            os.makedirs(directory, exist_ok=True)
-            self._lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(
-                    f"another process is writing the experiment in {directory}",
-                    "wait for it, or name another --out DIR",
-                ) from None
-            path = os.path.join(directory, EXPERIMENT)
-            if os.path.exists(path):
-                self._same(experiment)
-            elif os.listdir(directory):
-                raise UsageError(
-                    f"{directory} is not empty and holds no experiment",
-                    "name another --out DIR, or one that is not there",
-                )
-            else:
-                _replace(path, experiment)
-            self._runs = _Lines(os.path.join(directory, RUNS))
-            self._sessions = _Lines(os.path.join(directory, SESSIONS))
+            self._open(experiment)
         except OSError as error:
+            self.close()
             raise _unwritable(directory, error) from None
+        except UsageError:
+            self.close()
+            raise
+
+    def _open(self, experiment: Mapping[str, Any]) -> None:
+        os.makedirs(self.directory, exist_ok=True)
+        self._fds.append(os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        try:
+            fcntl.flock(self._fds[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"another process is writing the experiment in {self.directory}",
+                "wait for it, or name another --out DIR",
+            ) from None
+        path = os.path.join(self.directory, EXPERIMENT)
+        if os.path.exists(path):
+            self._same(experiment)
+        elif set(os.listdir(self.directory)) - {f"{EXPERIMENT}.new"}:  # a killed one's
+            raise UsageError(
+                f"{self.directory} is not empty and holds no experiment",
+                "name another --out DIR, or one that is not there",
+            )
+        else:
+            _replace(path, experiment)
+        self._runs = _Lines(os.path.join(self.directory, RUNS))
+        self._fds.append(self._runs.fd)
+        self._sessions = _Lines(os.path.join(self.directory, SESSIONS))
+        self._fds.append(self._sessions.fd)
 
     def _same(self, experiment: Mapping[str, Any]) -> None:
         there = read(self.directory).experiment
-        if there["design"] != experiment["design"] or there["plan"] != experiment["plan"]:
-            raise UsageError(
-                f"{self.directory} holds an experiment of another design or on another host",
-                "name another --out DIR; or go on with that one from where it was made, with its own file and options",
-            )
+        # Where the file lay, and how long it was thought to take, make no other experiment of it.
+        for part, ignored in (("design", "source"), ("plan", "seconds")):
+            had, wanted = there[part], experiment[part]
+            keys = sorted((had.keys() | wanted.keys()) - {ignored})
+            differ = [key for key in keys if had.get(key) != wanted.get(key)]
+            if differ:
+                where = "" if part == "design" else ", as on a host whose pCPUs are others"
+                raise UsageError(
+                    f"{self.directory} holds another experiment: its {part} differs in {', '.join(differ)}{where}",
+                    "name another --out DIR; or go on with that one with its own file and options, on its host",
+                )
 
     def begin(self, session: Mapping[str, Any]) -> None:
         """Note that it was started (again)."""
@@ -154,19 +209,25 @@ class Journal:
 
     def close(self) -> None:
         """Let others write it."""
-        for fd in (self._runs.fd, self._sessions.fd, self._lock):
-            os.close(fd)
+        while self._fds:
+            os.close(self._fds.pop())
 
 
 class _Lines:
     def __init__(self, path: str) -> None:
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        end = size = os.fstat(self.fd).st_size
-        # A kill may have left a line without its end: it is taken away, so that the next begins on a line of its own.
-        while end and os.pread(self.fd, 1, end - 1) != b"\n":
-            end -= 1
-        if end != size:
-            os.ftruncate(self.fd, end)
+        size = os.fstat(self.fd).st_size
+        data = os.pread(self.fd, size, 0)
+        tail = data[data.rfind(b"\n") + 1 :]
+        if not tail:
+            return
+        # A kill may have left a line without its end. Whole but for that it stays; else it is taken away, so that the
+        # next one begins on a line of its own.
+        try:
+            json.loads(tail)
+            os.write(self.fd, b"\n")
+        except (ValueError, RecursionError):
+            os.ftruncate(self.fd, size - len(tail))
 
     def append(self, document: Mapping[str, Any]) -> None:
         line = json.dumps(document, separators=(",", ":"), allow_nan=False).encode() + b"\n"

@@ -8,13 +8,17 @@ put back what they changed.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 
+from workers.probes.measurement import BEGUN
+from workers.probes.parameter import PREFIX
+
+from .. import procfs, recovery, tree
 from ..cpuset import CpuSet
 from ..errors import Failed
 from . import load
@@ -23,6 +27,7 @@ from .design import OWN_SCOPE
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
+    from types import FrameType
     from typing import Any
 
     from .design import Aggressor, Design, Victim
@@ -33,8 +38,15 @@ __all__ = ["Runner"]
 
 _PROBE_WAIT_S = 120.0  # beyond what it measures: a loop may be compiled first
 _GRACE_S = 10.0  # between SIGTERM and SIGKILL; a VM's front puts the host back meanwhile
+_LOOK_S = 0.25  # between two looks at a child, and at the display
 _TROUBLE = 3  # runs of a victim in a row that failed: what is wrong will not mend itself
-_OUTPUT = 64 << 10  # bytes of stderr that are looked at
+_OUTPUT = 1 << 20  # bytes of an output that are looked at
+_ENDING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP})
+
+
+class _Suspended(BaseException):
+    # The terminal's Ctrl-Z: nothing may run on meanwhile, and a run with a pause in it says nothing.
+    pass
 
 
 class Runner:
@@ -42,8 +54,8 @@ class Runner:
 
     :param kept: pCPUs (Linux numbers) that the service VM keeps: this process stays there
     :param session: the number of this start
+    :param hear: told ``(run, document)`` before each run, and again and again while it lasts, with None, and after it
     :ivar given_up: victims whose runs failed one after the other
-    :param hear: told ``(run, document)`` before each run, with None, and after it
     """
 
     def __init__(
@@ -61,6 +73,7 @@ class Runner:
         self._aggressors = {one.name: one for one in design.aggressors}
         self._usable = CpuSet.of(os.sched_getaffinity(0))
         self._kept = kept
+        self._folder = os.path.abspath(os.path.join(journal.directory, "running"))
 
     def run(self, done: Collection[int] = ()) -> int:
         """Make every run that is not in *done*; return how many failed.
@@ -69,7 +82,11 @@ class Runner:
 
         :raises Failed: where the journal can't be written, or no victim is left
         """
+        load.subreaper()
         os.sched_setaffinity(0, self._kept)
+        stop = signal.getsignal(signal.SIGTSTP)
+        if stop == signal.SIG_DFL:
+            signal.signal(signal.SIGTSTP, _suspend)
         failed = 0
         in_a_row = dict.fromkeys(self._victims, 0)
         try:
@@ -77,11 +94,7 @@ class Runner:
                 victim = run.condition.victim
                 if run.number in done or in_a_row[victim] == _TROUBLE:
                     continue
-                self.hear(run, None)
-                document = self._make(run)
-                self.journal.append(document)
-                self.hear(run, document)
-                error = document["error"]
+                error = self._make_and_keep(run)["error"]
                 failed += error is not None
                 in_a_row[victim] = in_a_row[victim] + 1 if error else 0
                 if in_a_row[victim] == _TROUBLE:
@@ -91,8 +104,26 @@ class Runner:
                             f"{_TROUBLE} runs in a row failed, the last one thus: {error['problem']}", error["remedy"]
                         )
         finally:
+            signal.signal(signal.SIGTSTP, stop)
             os.sched_setaffinity(0, self._usable)
+            recovery.tidy()
         return failed
+
+    def _make_and_keep(self, run: Run) -> dict[str, Any]:
+        while True:
+            try:
+                self.hear(run, None)
+                # From the moment that its processes are being ended, which no signal may cut short, until it is kept.
+                document = self._make(run)
+                self.journal.append(document)
+                self.hear(run, document)
+            except _Suspended:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+                os.kill(os.getpid(), signal.SIGSTOP)
+                continue  # the run is made again
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+            return document
 
     def _make(self, run: Run) -> dict[str, Any]:
         condition, begun = run.condition, time.time()
@@ -116,83 +147,134 @@ class Runner:
             "error": None,
         }
         beside: list[_Process] = []
-        folder = tempfile.mkdtemp(prefix="hostpart-experiment-")
+        seen: list[tuple[bool, CpuSet | None]] = []
         try:
+            shutil.rmtree(self._folder, ignore_errors=True)  # a killed one's
+            os.mkdir(self._folder)
             try:
                 if condition.aggressor is not None:
-                    self._start_aggressors(self._aggressors[condition.aggressor], condition, folder, beside)
-                    time.sleep(self.design.settle)
-                self._measure(victim, condition, folder, document)
+                    self._start_aggressors(run, self._aggressors[condition.aggressor], condition, beside)
+                self._measure(run, victim, condition, document)
             finally:
-                alive = [one.alive() for one in beside]
-                for one in beside:
-                    one.tell()
-                for one in beside:
-                    one.end()
-            document["aggressors"] = [one.to_json(living) for one, living in zip(beside, alive, strict=True)]
-            dead = [one for one, living in zip(beside, alive, strict=True) if not living]
-            if dead and document["error"] is None:
-                first = dead[0]
-                document["error"] = {
-                    "problem": f"{first.name} ended before the victim (exit status {first.status}){first.last_words()}",
-                    "remedy": "let it run until it is ended by SIGTERM",
-                }
+                signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+                seen = [(one.alive(), one.allowed()) for one in beside]
+                self._end(beside)
+            found = zip(beside, seen, strict=True)
+            document["aggressors"] = [one.to_json(living, cpus) for one, (living, cpus) in found]
+            document["error"] = document["error"] or self._wrong(condition, beside, seen)
+        except _NotBegun as error:
+            document["error"] = {"problem": error.args[0], "remedy": error.args[1]}
         except OSError as error:
             raise Failed(
                 f"run {run.number} cannot be made: {error.strerror}{f': {error.filename}' if error.filename else ''}",
                 "mend what it says, then give the same command again: it goes on where it stopped",
             ) from None
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(self._folder, ignore_errors=True)
         document["seconds"] = round(time.time() - begun, 3)
         return document
 
+    def _end(self, beside: list[_Process]) -> None:
+        for one in beside:
+            one.tell()
+        for one in beside:
+            one.end()
+        # What they have orphaned came here: a keeper without its front puts the host back, and has its time for that.
+        until = time.monotonic() + _GRACE_S
+        while tree.descendants(os.getpid()) and time.monotonic() < until:
+            time.sleep(0.05)
+        tree.end(os.getpid())
+
     # -- aggressors --------------------------------------------------------------------------------------
 
-    def _start_aggressors(self, what: Aggressor, condition: Condition, folder: str, beside: list[_Process]) -> None:
+    def _start_aggressors(self, run: Run, what: Aggressor, condition: Condition, beside: list[_Process]) -> None:
         pcpus = condition.aggressor_pcpus or CpuSet()
-        kind, words = ("probe", (what.probe,)) if what.probe else ("command", what.command)
-        env = {
-            **os.environ,
-            **_variables({"json": "1", "seconds": "0", "warmup": "0", **dict(what.options)}, what.probe),
-        }
-        if condition.placed == "vm":
-            options = ("--pcpus", str(pcpus), "--smt", "shared", "--name", f"aggressor-{os.getpid()}")
-            guest = ("--probe", *words) if what.probe else ("--", *words)
-            argv = load.argv(str(self._usable), "front", ("run", *options, *guest))
-            beside.append(_Process(what.name, str(pcpus), "vm", argv, env, f"{folder}/aggressor0"))
-            return
-        for number in range(what.count):
+        name, options = what.probe, dict(what.options)
+        if what.command:
+            name, options = "command", {"argv": json.dumps(what.command)}
+        else:
+            options |= {"seconds": "0", "warmup": "0"}
+        variables = {f"{PREFIX}{key.upper()}": text for key, text in {"json": "1", **options}.items()}
+        count = 1 if condition.placed == "vm" else what.count
+        for number in range(count):
+            path = f"{self._folder}/aggressor{number}"
+            env = {**_environ(), **variables, BEGUN: f"{path}.begun"}
+            if condition.placed == "vm":
+                vm = ("run", "--pcpus", str(pcpus), "--smt", "shared", "--name", f"aggressor-{os.getpid()}")
+                argv = load.argv(self._usable, "hostpart", *vm, "--probe", name)
+                beside.append(_Process(what.name, pcpus, "vm", argv, env, path))
+                continue
             # Pinned one to each, from the first again where there are fewer; free ones may go anywhere.
-            cpus = pcpus if condition.degree == "free" else CpuSet.of([list(pcpus)[number % len(pcpus)]])
-            argv = load.argv(str(cpus), kind, tuple(words))
-            beside.append(_Process(what.name, str(cpus), "host", argv, env, f"{folder}/aggressor{number}"))
+            order = condition.aggressor_order
+            cpus = pcpus if condition.degree == "free" else CpuSet.of([order[number % len(order)]])
+            beside.append(_Process(what.name, cpus, "host", load.argv(cpus, "probe", name), env, path))
+        until = time.monotonic() + _PROBE_WAIT_S
+        for one in beside:
+            while not one.begun():
+                if not one.alive() or time.monotonic() > until:
+                    how = f"exit status {one.status}" if not one.alive() else f"it had {_PROBE_WAIT_S:g} s"
+                    raise _NotBegun(
+                        f"{one.name} did not begin ({how}){one.last_words()}", "run it alone, and see what it says"
+                    )
+                self._pause(run, 0.02)
+        self._pause(run, self.design.settle)
+
+    def _pause(self, run: Run, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, _LOOK_S))
+            if left > _LOOK_S:
+                self.hear(run, None)
+
+    def _wrong(
+        self, condition: Condition, beside: list[_Process], seen: list[tuple[bool, CpuSet | None]]
+    ) -> dict[str, str] | None:
+        for one, (living, cpus) in zip(beside, seen, strict=True):
+            if not living:
+                return {
+                    "problem": f"{one.name} ended before the victim (exit status {one.status}){one.last_words()}",
+                    "remedy": "let it run until it is ended by SIGTERM",
+                }
+            # Above that level it may have been moved, which is what is measured.
+            if condition.isolation == "affinity" and cpus is not None and not cpus <= one.pcpus:
+                return {
+                    "problem": f"{one.name} was to run on pCPU {one.pcpus} and may run on {cpus}",
+                    "remedy": "let it leave its affinity alone",
+                }
+            if one.record() is None:
+                return {
+                    "problem": f"{one.name} gave no record of what it did{one.last_words()}",
+                    "remedy": "run it alone, and see what it says",
+                }
+        return None
 
     # -- the victim --------------------------------------------------------------------------------------
 
-    def _measure(self, victim: Victim, condition: Condition, folder: str, document: dict[str, Any]) -> None:
-        evidence = f"{folder}/evidence.json"
+    def _measure(self, run: Run, victim: Victim, condition: Condition, document: dict[str, Any]) -> None:
+        evidence = f"{self._folder}/evidence.json"
         scope = self.design.scope.replace(OWN_SCOPE, f"tree:{os.getpid()}")
         words = (
             *("run", "--name", f"victim-{os.getpid()}", "--pcpus", str(condition.victim_pcpu)),
             # A victim has its core for itself, but where the core's other thread is what it is to share.
             *("--smt", "shared" if condition.degree == "sibling" else "exclusive"),
-            *("--isolation", condition.isolation, *(("--scope", scope) if scope else ())),
+            *("--isolation", condition.isolation, "--require", *(("--scope", scope) if scope else ())),
             *("--evidence", evidence, "--probe", victim.probe or "command", *_options(victim, self.design)),
         )
-        process = _Process(
-            victim.name, "", "", load.argv(str(self._usable), "front", words), dict(os.environ), f"{folder}/victim"
-        )
+        argv = load.argv(self._usable, "hostpart", *words)
+        process = _Process(victim.name, CpuSet(), "", argv, _environ(), f"{self._folder}/victim")
+        limit = self.design.timeout if victim.command else self.design.seconds + self.design.warmup + _PROBE_WAIT_S
+        until = time.monotonic() + limit
         try:
-            process.wait(
-                self.design.timeout if victim.command else self.design.seconds + self.design.warmup + _PROBE_WAIT_S
-            )
-        except subprocess.TimeoutExpired:
-            document["error"] = {
-                "problem": f"{victim.name} did not end in time",
-                "remedy": "see what it waits for; 'timeout' in the file is how long a command may take",
-            }
+            while not process.wait(_LOOK_S):
+                self.hear(run, None)
+                if time.monotonic() > until:
+                    document["error"] = {
+                        "problem": f"{victim.name} did not end within {limit:g} s",
+                        "remedy": "see what it waits for; 'timeout' in the file is how long a command may take",
+                    }
+                    break
         finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
             process.tell()
             process.end()
         _take_evidence(evidence, document)
@@ -213,9 +295,18 @@ class Runner:
             }
 
 
+class _NotBegun(Exception):
+    # An aggressor; problem and remedy.
+    pass
+
+
+def _suspend(_number: int, _frame: FrameType | None) -> None:
+    raise _Suspended
+
+
 class _Process:
     # A child of this process, in a session of its own: a terminal's Ctrl-C is this process's to pass on.
-    def __init__(self, name: str, pcpus: str, placed: str, argv: list[str], env: dict[str, str], path: str) -> None:
+    def __init__(self, name: str, pcpus: CpuSet, placed: str, argv: list[str], env: dict[str, str], path: str) -> None:
         self.name, self.pcpus, self.placed, self.path = name, pcpus, placed, path
         with open(f"{path}.out", "wb") as out, open(f"{path}.err", "wb") as err:
             self._child = subprocess.Popen(
@@ -229,51 +320,82 @@ class _Process:
     def alive(self) -> bool:
         return self._child.poll() is None
 
-    def wait(self, seconds: float) -> None:
-        self._child.wait(seconds)
+    def begun(self) -> bool:
+        return os.path.exists(f"{self.path}.begun")
+
+    def allowed(self) -> CpuSet | None:
+        """Return where it, and all that it has forked, may run; None for a VM, whose evidence says it."""
+        if self.placed != "host":
+            return None
+        mask = 0
+        for pid in (self._child.pid, *(member.pid for member in tree.descendants(self._child.pid))):
+            for tid in procfs.threads(pid):
+                try:
+                    mask |= CpuSet.of(os.sched_getaffinity(tid)).mask
+                except (ProcessLookupError, PermissionError):
+                    continue
+        return CpuSet(mask)
+
+    def wait(self, seconds: float) -> bool:
+        """Return whether it has ended within *seconds*."""
+        try:
+            self._child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def tell(self) -> None:
         if self.alive():
             self._child.terminate()
 
     def end(self) -> None:
-        try:
-            self._child.wait(_GRACE_S)
-        except subprocess.TimeoutExpired:
+        if not self.wait(_GRACE_S):
             os.killpg(self._child.pid, signal.SIGKILL)
             self._child.wait()
 
     def record(self) -> dict[str, Any] | None:
+        lines = [line for line in self._tail("out").splitlines() if line.startswith('{"schema"')]
         try:
-            with open(f"{self.path}.out", encoding="utf-8", errors="replace") as file:
-                lines = [line for line in file if line.startswith('{"schema"')]
             found = json.loads(lines[-1]) if lines else None
-        except (OSError, ValueError):
+            json.dumps(found, allow_nan=False)
+        except (ValueError, RecursionError):
             return None
-        return found if isinstance(found, dict) and "metrics" in found else None
+        metrics = found.get("metrics") if isinstance(found, dict) else None
+        if found is None or not isinstance(metrics, dict) or found.get("primary") not in metrics:
+            return None
+        return dict(found)
 
     def last_words(self) -> str:
-        try:
-            with open(f"{self.path}.err", "rb") as file:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - _OUTPUT))
-                lines = file.read().decode("utf-8", "replace").strip().splitlines()
-        except OSError:
-            return ""
-        said = [line.removeprefix("hostpart: ") for line in lines if not line.startswith("try: ")]
+        lines = [line.removeprefix("hostpart: ") for line in self._tail("err").strip().splitlines()]
+        said = [line for line in lines if not line.startswith("try: ")]
         return f": {' / '.join(said[-2:])}" if said else ""
 
-    def to_json(self, alive: bool) -> dict[str, Any]:
+    def _tail(self, kind: str) -> str:
+        try:
+            with open(f"{self.path}.{kind}", "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - _OUTPUT))
+                return file.read().decode("utf-8", "replace")
+        except OSError:
+            return ""
+
+    def to_json(self, alive: bool, allowed: CpuSet | None) -> dict[str, Any]:
         record = self.record() or {}
         name = record.get("primary")
         return {
             "name": self.name,
             "pid": self._child.pid,
-            "pcpus": self.pcpus,
+            "pcpus": str(self.pcpus),
+            "allowed": None if allowed is None else str(allowed),
             "as": self.placed,
             "alive": alive,
             "exit": None if alive else self.status,
             "did": {"metric": name, **record["metrics"][name]} if name else None,
         }
+
+
+def _environ() -> dict[str, str]:
+    # What the user has set for probes of their own is no part of the design.
+    return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
 
 
 def _options(victim: Victim, design: Design) -> tuple[str, ...]:
@@ -283,12 +405,8 @@ def _options(victim: Victim, design: Design) -> tuple[str, ...]:
         options |= {"better": victim.better, "parse": victim.tool}
         options = {name: text for name, text in options.items() if text}
     else:
-        options = {"seconds": str(design.seconds), "warmup": str(design.warmup), **options}
+        options |= {"seconds": str(design.seconds), "warmup": str(design.warmup)}
     return tuple(f"--{name.replace('_', '-')}={text}" for name, text in options.items())
-
-
-def _variables(options: dict[str, str], probe: str) -> dict[str, str]:
-    return {f"HOSTPART_PROBE_{name.upper()}": text for name, text in options.items()} if probe else {}
 
 
 def _alone(victim: Victim, condition: Condition) -> str:
@@ -315,4 +433,4 @@ def _take_evidence(path: str, document: dict[str, Any]) -> None:
 
 
 def _utc(at_s: float) -> str:
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(at_s))}.{int(at_s % 1 * 1000):03d}Z"
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(at_s))}.{math.floor(at_s % 1 * 1000):03d}Z"

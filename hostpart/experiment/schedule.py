@@ -13,22 +13,24 @@ from ..value import Value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
-    from .design import Aggressor, Design
+    from .design import Aggressor, Design, Victim
     from .sharing import Placement
 
-__all__ = ["OVERHEAD_S", "Condition", "Plan", "Run", "plan"]
+__all__ = ["Condition", "Plan", "Run", "plan"]
 
-OVERHEAD_S = 0.5  # of a run beyond what it measures, before any was made: starting and ending the processes
+OVERHEAD_S = 0.5  # of a run beyond what it measures: starting and ending the processes
+COMPILING_S = 3.0  # and of a loop that numba compiles first
 
 
 class Condition(Value):
     """One combination of factors.
 
     :ivar aggressor: its name; None: alone
-    :ivar aggressor_pcpus: where its processes may run, one pinned to each or all on the one; None: alone
+    :ivar aggressor_pcpus: where its processes may run; None: alone
+    :ivar aggressor_order: the same, in the order in which processes are pinned, one to each; empty where they are free
     :ivar placed: ``"host"``: host processes; ``"vm"``: a VM of its own; None: alone
     """
 
@@ -39,6 +41,7 @@ class Condition(Value):
     degree: str
     victim_pcpu: int
     aggressor_pcpus: CpuSet | None = None
+    aggressor_order: tuple[int, ...] = ()
     placed: str | None = None
 
     @property
@@ -49,6 +52,7 @@ class Condition(Value):
     def to_json(self) -> dict[str, Any]:
         """Return it as ``experiment.json`` and each run have it."""
         document = self.asdict()
+        del document["aggressor_order"]
         pcpus, placed = document.pop("aggressor_pcpus"), document.pop("placed")
         return {"id": self.id, **document, "aggressor_pcpus": None if pcpus is None else str(pcpus), "as": placed}
 
@@ -119,7 +123,19 @@ def plan(design: Design, places: Sequence[Placement], kept: CpuSet) -> Plan:
 def run_seconds(design: Design, condition: Condition) -> float:
     """Return how long a run takes, about: of a command, as if it took as long as a probe measures."""
     settle = design.settle if condition.aggressor else 0.0
-    return design.seconds + design.warmup + settle + OVERHEAD_S
+    programs: list[Victim | Aggressor] = [one for one in design.victims if one.name == condition.victim]
+    programs += [one for one in design.aggressors if one.name == condition.aggressor]
+    compiling = COMPILING_S if any(_compiles(one.probe, dict(one.options)) for one in programs) else 0.0
+    return design.seconds + design.warmup + settle + OVERHEAD_S + compiling
+
+
+def _compiles(probe: str, options: Mapping[str, str]) -> bool:
+    from importlib.util import find_spec
+
+    if not probe or options.get("engine") == "python":
+        return False
+    kind = __import__(f"workers.probes.{probe}", fromlist=["PROBE"]).PROBE
+    return "numba" in kind.engines and find_spec("numba") is not None
 
 
 def _pairs(design: Design, places: Sequence[Placement], victim: int) -> list[tuple[Aggressor | None, Placement]]:
@@ -133,9 +149,13 @@ def _pairs(design: Design, places: Sequence[Placement], victim: int) -> list[tup
 def _condition(victim: str, level: str, aggressor: Aggressor | None, place: Placement, kept: CpuSet) -> Condition:
     if aggressor is None:
         return Condition(victim, level, None, place.name, place.degree, place.victim)
-    free = place.degree == "free"
-    pcpus = place.others if free else CpuSet.of(list(place.others)[: aggressor.count])
+    if place.degree == "free":
+        return Condition(
+            victim, level, aggressor.name, place.name, place.degree, place.victim, place.others, placed="host"
+        )
+    order = place.order[: aggressor.count]
+    pcpus = CpuSet.of(order)
     # A VM has one vCPU per pCPU, and gets neither the victim's nor what the service VM keeps.
-    leasable = not free and len(pcpus) == aggressor.count and not pcpus & (kept | CpuSet.of([place.victim]))
+    leasable = len(order) == aggressor.count and not pcpus & (kept | CpuSet.of([place.victim]))
     placed = "vm" if aggressor.vm and leasable else "host"
-    return Condition(victim, level, aggressor.name, place.name, place.degree, place.victim, pcpus, placed)
+    return Condition(victim, level, aggressor.name, place.name, place.degree, place.victim, pcpus, order, placed)

@@ -27,13 +27,15 @@ class Placement(Value):
     :ivar name: for people: the degree, with kinds and distance where the host has several
     :ivar degree: of :data:`hostpart.experiment.design.DEGREES`, or ``alone``
     :ivar victim: the victim's pCPU (Linux's number)
-    :ivar others: pCPUs that the aggressors may be put on, the first ones first; empty: no aggressor (``alone``)
+    :ivar others: pCPUs that the aggressors may be put on; empty: no aggressor (``alone``)
+    :ivar order: the same in the order in which they are taken: one thread of each core before any second one
     """
 
     name: str
     degree: str
     victim: int
     others: CpuSet = CpuSet()
+    order: tuple[int, ...] = ()
 
 
 def degree(topology: Topology, one: int, other: int) -> str:
@@ -90,7 +92,8 @@ def placements(
         groups = _groups(topology, kept, here, distances)
         for key, others in groups.items():
             if not wanted or key[0] in wanted:
-                found.append(Placement(_name(key, groups, prefix, len(kinds) > 1), key[0], here, others))
+                name = _name(key, groups, prefix, len(kinds) > 1)
+                found.append(Placement(name, key[0], here, others, _order(topology, others)))
     return tuple(found)
 
 
@@ -110,6 +113,11 @@ def _groups(
         key: (CpuSet(mask) - kept if key[0] != "free" else CpuSet(mask)) or CpuSet(mask)
         for key, mask in sorted(masks.items(), key=lambda one: (DEGREES.index(one[0][0]), one[0][2], one[0][1]))
     }
+
+
+def _order(topology: Topology, cpus: CpuSet) -> tuple[int, ...]:
+    # As policy "spread": the first threads of all cores, then the second ones.
+    return tuple(sorted(cpus, key=lambda cpu: (len(topology.siblings(cpu) & cpus & CpuSet((1 << cpu) - 1)), cpu)))
 
 
 def _distance(

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     from .parameter import Value
 
-__all__ = ["Measurement", "Probe", "Slice", "run"]
+__all__ = ["BEGUN", "Measurement", "Probe", "Slice", "run"]
 
+BEGUN = "HOSTPART_BEGUN"  # in the environment: a file that is made when the measurement begins
 _MAX_SLICES = 100_000  # a series as long as this says no more than a shorter one of longer slices
 
 
@@ -233,6 +234,8 @@ class Measurement:
             self.where["cpus_seen"].append(cpu)
 
     def _note_time(self) -> None:
+        if not self._times:
+            _tell_begun()
         now = time.time()
         fraction = int(now % 1 * 1e6)
         utc = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{fraction:06}Z"
@@ -298,6 +301,13 @@ def run(probe: Probe) -> int:
     if measurement.failure:
         return _say(probe, measurement.failure, 1)
     return 0
+
+
+def _tell_begun() -> None:
+    # Whoever started this may want to know when it is at work: a loop may take seconds to be compiled.
+    path = os.environ.pop(BEGUN, "")
+    if path:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
 
 
 def _say(probe: Probe, refusal: Refused, status: int) -> int:
