@@ -105,11 +105,16 @@ def _recover(ledger: Ledger, row: VmRow) -> Recovered:
     if row.boot_id == boot_id():
         # Until none is found: what forked between a look and its kills is seen by the next, and ending takes time.
         until = time.monotonic() + _PATIENCE_S
+        killed: set[tuple[int, int]] = set()
         while found := tree.find_by_environment("HOSTPART_RUN", row.token):
             refused = tree.kill(found)
+            killed |= {(member.pid, member.start) for member in found if member not in refused}
             ended |= {member.pid for member in found} - {member.pid for member in refused}
             if len(refused) == len(found) or time.monotonic() > until:
                 break
+            time.sleep(0.002)
+        # One that is ending has lost its environment with its memory, and may yet be about to leave its pCPU.
+        while any(_lives(*one) for one in killed) and time.monotonic() < until:
             time.sleep(0.002)
         left = tuple(member.pid for member in found)
         ended -= set(left)

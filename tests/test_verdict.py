@@ -95,10 +95,13 @@ def test_a_foreign_task_is_named_also_where_the_run_is_too_short_for_many_looks(
     place: Place, pcpu: int, spinner: int, tmp_path: Path
 ) -> None:
     path = tmp_path / "e.json"
-    place.run("run", "--pcpus", str(pcpu), "--evidence", str(path), "--", "sleep", "0.2")
-    doc = document(path)
-    assert about(doc, "others ran", f"on pCPU {pcpu}")
-    assert spinner in {task["pid"] for task in doc["pcpus"][0]["foreign_tasks"]}
+    named = False
+    for _ in range(5):  # where many share the pCPU, ten others may have had more of so short a time
+        place.run("run", "--pcpus", str(pcpu), "--evidence", str(path), "--", "sleep", "0.2")
+        doc = document(path)
+        assert about(doc, "others ran", f"on pCPU {pcpu}")
+        named = named or spinner in {task["pid"] for task in doc["pcpus"][0]["foreign_tasks"]}
+    assert named
 
 
 def test_the_guests_own_processes_are_never_foreign(place: Place, pcpu: int, tmp_path: Path) -> None:
