@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import resource
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,29 @@ def test_an_analysis_leaves_the_results_as_they_were(everything: Results) -> Non
 def test_where_the_directory_cannot_be_written_it_says_so(tmp_path: Path) -> None:
     with pytest.raises(Failed, match="cannot be written to"):
         keep({}, str(tmp_path / "absent"))
+
+
+def test_half_an_analysis_is_not_left_behind(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(Failed, match="File too large"):
+            keep({"name": "x" * 100_000}, str(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_analysis_that_is_interrupted_leaves_the_one_that_is_there(tmp_path: Path) -> None:
+    class Interrupted(dict[str, Any]):
+        def items(self) -> Any:
+            raise KeyboardInterrupt
+
+    keep({"name": "first"}, str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        keep({"name": "second", "method": Interrupted(a=1)}, str(tmp_path))
+    assert [one.name for one in tmp_path.iterdir()] == ["analysis.json"]
+    assert json.loads((tmp_path / "analysis.json").read_text()) == {"name": "first"}
 
 
 def test_too_few_resamples_are_refused() -> None:

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from hostpart.cli.report import write
+from hostpart.errors import Failed
 from hostpart.experiment import analysis
 from hostpart.experiment.results import Results, read
 from hostpart.report import facts, figures, finding, hostmap, markup, quantity
@@ -698,6 +700,18 @@ def test_a_file_that_cannot_be_written_is_a_failure(tmp_path: Path, place: Place
     done = place.run("report", str(tmp_path / "a"), "-o", str(tmp_path / "not/there.html"))
     assert (done.returncode, done.stdout) == (1, "")
     assert "cannot be written" in done.stderr
+
+
+def test_half_a_page_is_not_left_behind(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write(str(path), "first")
+    with pytest.raises(UnicodeEncodeError):
+        write(str(path), f"{'second' * 9999}\ud800")
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(Failed, match="cannot be written: Is a directory"):
+        write(str(tmp_path / "directory"), "third")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["directory", "report.html"]
+    assert path.read_text() == "first"
 
 
 def test_the_command_line_needs_none_of_the_extra() -> None:

@@ -10,6 +10,7 @@ warned of instead.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -85,7 +86,12 @@ def keep(analysis: Mapping[str, Any], directory: str) -> str:
             json.dump(analysis, file, indent=1, allow_nan=False)
             file.write("\n")
         os.replace(path + ".new", path)
-    except OSError as error:
+    except BaseException as error:
+        # Half a file is of use to nobody, and on a full disk it takes the room that is left: also after ^C.
+        with contextlib.suppress(OSError):
+            os.unlink(path + ".new")
+        if not isinstance(error, OSError):
+            raise
         raise Failed(
             f"the analysis cannot be written to {directory}: {error.strerror}", "make room or mend what it says"
         ) from None
