@@ -24,7 +24,7 @@ from scipy import stats
 import hostpart.experiment
 from hostpart.cli.analysis import summary
 from hostpart.errors import Failed, UsageError
-from hostpart.experiment import extra
+from hostpart.experiment import extra, starts
 from hostpart.experiment.analysis import analyse, keep, pool
 from hostpart.experiment.results import Results, read
 from tests import experiments
@@ -410,14 +410,67 @@ def test_damaged_lines_and_runs_of_no_condition_are_told_of(tmp_path: Path) -> N
     ]
 
 
-def test_a_host_that_was_another_one_at_the_second_start_is_warned_of() -> None:
+def _resumed(**facts: Any) -> list[str]:
+    # The warnings where these facts are others at the second start; a mapping replaces parts of one.
     made = results({ALONE: rates(1, 10)}, again_after=5)
     assert analysed(made)["warnings"] == []
-    facts = {**experiments.FACTS, "kernel": {**experiments.FACTS["kernel"], "release": "7.0.1"}}
-    made.sessions[1]["facts"] = facts
-    assert analysed(made)["warnings"] == [
-        'the host was not the same at each start: kernel.release was "6.12.90" and "7.0.1"'
+    given = {name: {**experiments.FACTS[name], **one} if isinstance(one, dict) else one for name, one in facts.items()}
+    made.sessions[1]["facts"] = {**experiments.FACTS, **given}
+    warnings: list[str] = analysed(made)["warnings"]
+    head = "the host was not the same at each start: "
+    assert all(one.startswith(head) for one in warnings)
+    return [one.removeprefix(head) for one in warnings]
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"kernel": {"release": "7.0.1"}}, "kernel.release was 6.12.90 and 7.0.1"),
+        ({"versions": {"hostpart": "0.3.0"}}, "versions.hostpart was 0.2.0 and 0.3.0"),
+        (
+            {"versions": {"python": "3.12.1", "numba": "0.61.0"}},
+            "versions.python was 3.11.7 and 3.12.1; versions.numba was none and 0.61.0",
+        ),
+        (
+            {"kernel": {"cmdline": "root=/dev/sda1 isolcpus=3"}},
+            'kernel.cmdline was "root=/dev/sda1 isolcpus=2" and "root=/dev/sda1 isolcpus=3"',
+        ),
+        (
+            {"mitigations": {"mds": "Vulnerable"}},
+            'mitigations.mds was "Mitigation: Clear CPU buffers; SMT vulnerable" and Vulnerable',
+        ),
+        ({"smt": {"active": None}}, "smt.active was true and none"),
+        ({"governor": None}, "governor.0 and 7 others was performance and none"),
+        ({"turbo": True}, "turbo was false and true"),
+        (
+            {"versions": {name: f"1{name}" for name in "abcde"}},
+            "; ".join([*(f"versions.{name} was none and 1{name}" for name in "abc"), "2 more of versions"]),
+        ),
+    ],
+    ids=["kernel", "hostpart", "two versions", "command line", "mitigation", "SMT", "governors", "turbo", "many"],
+)
+def test_a_host_that_was_another_one_at_the_second_start_is_warned_of(facts: dict[str, Any], words: str) -> None:
+    assert _resumed(**facts) == [words]
+
+
+def test_of_long_texts_only_what_differs_is_told() -> None:
+    before = {"kernel": {"cmdline": f"{'a=1 ' * 50}quiet isolcpus=2 {'b=2 ' * 50}"}}
+    assert starts.changes([before, {"kernel": {"cmdline": f"{'a=1 ' * 50}quiet isolcpus=3 {'b=2 ' * 50}"}}]) == [
+        'kernel.cmdline was "… quiet isolcpus=2 …" and "… quiet isolcpus=3 …"'
     ]
+    assert starts.changes([before, {"kernel": {"cmdline": f"{'a=1 ' * 50}quiet {'b=2 ' * 50}"}}]) == [
+        'kernel.cmdline was "… quiet isolcpus=2 …" and "… quiet …"'
+    ]
+    assert starts.changes([before, {}]) == [f'kernel.cmdline was "{"a=1 " * 29}a=1…" and none']
+    assert starts.changes([{"hostname": "x" * 999}, {"hostname": "y"}]) == [f"hostname was {'x' * 119}… and y"]
+
+
+@settings(deadline=None)
+@given(st.lists(st.recursive(st.none() | st.booleans() | st.text(max_size=90), st.lists, max_leaves=3), min_size=1))
+def test_whatever_a_start_says_the_same_is_no_change_and_another_is_one(values: list[Any]) -> None:
+    told = starts.changes([{"turbo": value} for value in values])
+    assert len(told) == (len({json.dumps(value) for value in values}) > 1)
+    assert starts.changes([{"turbo": values[0]}] * 3) == []
 
 
 def test_runs_on_different_engines_are_warned_of() -> None:

@@ -21,7 +21,7 @@ from hdrh.histogram import HdrHistogram
 from ..cpuset import CpuSet
 from ..errors import Failed
 from ..value import Value
-from . import statistics
+from . import starts, statistics
 from .statistics import ALPHA, CONFIDENCE, FEWEST, RESAMPLES
 
 TYPE_CHECKING = False
@@ -38,8 +38,6 @@ SCHEMA = 1
 _PERCENTILES = {"p50": 50.0, "p99": 99.0, "p99_9": 99.9}
 _DIGITS = 2  # of HdrHistogram: the layout in which probes count, see workers/probes/histogram.py
 _VERDICTS = ("held", "tainted", "broken")
-# Facts of the host of which all starts of an experiment should tell the same.
-_SAME = ("hostname", "kernel.release", "cpu.model", "cpu.microcode", "smt.active", "governor", "turbo", "isolated")
 
 
 class _Metric(Value):
@@ -347,12 +345,7 @@ class _Analysis:
             )
         with_runs = {run["session"] for run in self.results.runs}
         facts = [one["facts"] for one in self.results.sessions if one["session"] in with_runs]
-        for name in _SAME:
-            told = {json.dumps(_fact(one, name), sort_keys=True) for one in facts}
-            if len(told) > 1:
-                self.warnings.append(
-                    f"the host was not the same at each start: {name} was {' and '.join(sorted(told))}"
-                )
+        self.warnings += [f"the host was not the same at each start: {change}" for change in starts.changes(facts)]
         for victim, runs in self._of_victim().items():
             engines = {run["record"]["engine"] for run in runs if run["record"]}
             if len(engines) > 1:
@@ -447,13 +440,6 @@ def _finite(value: object) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # a whole number beyond what a float holds
         return False
-
-
-def _fact(facts: Mapping[str, Any], name: str) -> Any:
-    found: Any = facts
-    for part in name.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    return found
 
 
 def _listed(interval: tuple[float, float] | None) -> list[float] | None:
