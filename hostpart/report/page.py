@@ -159,7 +159,7 @@ class _Page:
 
     def named(self, group: finding.Group) -> str:
         levels = {one.isolation for one in self.groups}
-        return f"{group.victim}, {group.isolation}" if len(levels) > 1 else group.victim
+        return f"{group.name}, {group.isolation}" if len(levels) > 1 else group.name
 
     def findings(self) -> Section:
         lead = element("p", finding.headline(self.analysis, self.design), class_="lead")
@@ -249,7 +249,7 @@ class _Page:
         headers = [
             "condition", "metric", "median [interval]", "n", "ratio to alone [interval]", "p (Holm)", "intervals apart",
         ]  # fmt: skip
-        label = f"{group.victim}, {group.isolation}: every metric"
+        label = f"{group.name}, {group.isolation}: every metric"
         return element("details", element("summary", "Every metric as a table"), table(headers, rows, caption=label))
 
     def distributions(self) -> Section:
@@ -326,9 +326,10 @@ class _Page:
         return Section("evidence", "Did the partition hold?", "Evidence", element("p", lead), note, shown, every)
 
     def drift(self) -> Section:
+        names = {str(alone["id"]): group.name for group in self.groups for alone in group.alones}
         rows = [
             [
-                f"{one['victim']}, {one['isolation']}",
+                f"{names.get(str(one.get('condition')), one['victim'])}, {one['isolation']}",
                 finding.metric_words(one.get("metric")),
                 str(one.get("n")),
                 "–" if one.get("change_percent") is None else quantity.percent(one["change_percent"]),
