@@ -26,10 +26,12 @@ from hostpart.cli.analysis import summary
 from hostpart.errors import Failed, UsageError
 from hostpart.experiment import extra, starts
 from hostpart.experiment.analysis import analyse, keep, pool
+from hostpart.experiment.intake import take
 from hostpart.experiment.results import Results, read
 from tests import experiments
 from tests.experiments import example, latencies, results, write
 from workers.probes.histogram import Histogram
+from workers.probes.tools import cyclictest, oslat, stress_ng
 
 FOLDER = Path(hostpart.experiment.__file__ or "").parent
 ALONE, LOADED = "integer|affinity|alone", "integer|affinity|spinner|sibling"
@@ -477,6 +479,61 @@ def test_runs_on_different_engines_are_warned_of() -> None:
     made = results({ALONE: rates(1, 10)})
     made.runs[3]["record"]["engine"] = "numba"
     assert analysed(made)["warnings"] == ["integer: its runs do not compare: the engines were numba, python"]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "a text", 7, [], {}, {"engine": "python"}, {"engine": ["python"], "histograms": {}, "slices": None},
+        {"engine": "python", "histograms": [], "slices": None},
+        {"engine": "python", "histograms": {"latency": {"unit": "ns"}}, "slices": None},
+        {"engine": "python", "histograms": {"latency": {"unit": "ns", "max": math.inf, "buckets": []}}, "slices": None},
+        {"engine": "python", "histograms": {"latency": {"unit": "ns", "max": 1, "buckets": [[0, 1]]}}, "slices": None},
+        {"engine": "python", "histograms": {"latency": {"unit": "ns", "max": None, "buckets": [[0, None, 1]]}}},
+        {"engine": "python", "histograms": {"latency": {"unit": "ns", "max": 1, "buckets": [[0, 2, 1e9]]}}},
+        {"engine": "python", "histograms": {}, "slices": {}},
+        {"engine": "python", "histograms": {}, "slices": {"start_ns": [0], "series": {"rate": {"unit": "1/s"}}}},
+        {"engine": "python", "histograms": {}, "slices": {"start_ns": [math.nan], "series": {}}},
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_record_that_is_none_of_a_probes_is_left_out_with_a_word(record: Any) -> None:
+    made = results({ALONE: rates(1, 10)})
+    made.runs[3]["record"] = record
+    found = analysed(made)
+    assert condition(found, ALONE)["metrics"]["rate"]["values"] == rates(1, 10)
+    assert found["warnings"] == [
+        f"{ALONE}: 1 run whose record is not a probe's, or is damaged: what cannot be read is left out"
+    ]
+
+
+def test_the_records_of_other_tools_are_read_whole() -> None:
+    folder = Path(__file__).parent / "tools"
+    for tool, name in ((cyclictest, "cyclictest.json"), (oslat, "oslat.json"), (stress_ng, "stress-ng.txt")):
+        for record in tool((folder / name).read_text()):
+            taken, whole = take({"record": record})
+            assert whole
+            assert list(taken["record"]["histograms"]) == list(record["histograms"])
+
+
+def test_a_damaged_histogram_leaves_the_others_to_be_pooled() -> None:
+    entries = [{"metrics": {"rate": 1.0 + n}, "histograms": {"a": [1, 2], "b": [3]}} for n in range(3)]
+    made = results({ALONE: entries})
+    made.runs[0]["record"]["histograms"]["a"]["buckets"][0][2] = "many"
+    found = condition(analysed(made), ALONE)["histograms"]
+    assert (found["a"]["count"], found["b"]["count"]) == (4, 3)
+
+
+def test_a_slice_that_is_not_finite_is_not_known() -> None:
+    entry = {"metrics": {"rate": 1.0}, "series": {"rate": ("1/s", [1.0, math.inf, 10**400, math.nan])}}
+    found = condition(analysed(results({ALONE: [entry]})), ALONE)["series"]["rate"]
+    assert found["values"] == [1.0, None, None, None]
+
+
+def test_a_metric_without_a_unit_or_a_direction_is_as_if_it_were_not_there() -> None:
+    odd = [{"metrics": {"rate": one}} for one in ({"value": 1.0}, {"value": 1.0, "unit": "1/s", "better": []})]
+    found = analysed(results({ALONE: [*rates(1, 8), *odd]}))
+    assert f"{ALONE}: rate (1/s) is of 8 runs only: 2 do not have it" in found["warnings"]
 
 
 # -- histograms and series -----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 import re
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from hostpart.cli.analysis import summary
 from hostpart.cli.report import write
 from hostpart.errors import Failed
 from hostpart.experiment import analysis
@@ -562,6 +564,79 @@ def test_whatever_is_not_known_the_page_stands(example: tuple[Results, dict[str,
     root = Reader(report(results, found)).root
     assert len(root.all("h1")) == 1
     assert Reader(compare([(results, found), example])).root.all("main")
+
+
+ODD = [None, math.inf, -math.inf, math.nan, 10**400, "x", "", [], {}, True, -1, [1], {"a": 1}, 1e308, 0]
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    # Every place in a document that a value can be put into; of long lists, only the first ones.
+    those = list(value.items()) if isinstance(value, dict) else list(enumerate(value[:3]))
+    for key, one in those:
+        yield value, key
+        if isinstance(one, (dict, list)):
+            yield from _places(one)
+
+
+@pytest.mark.parametrize("kind", ["runs", "sessions"])
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_is_in_the_lines_the_page_stands(
+    example: tuple[Results, dict[str, Any]], kind: str, seed: int
+) -> None:
+    rng = random.Random(seed)
+    lines = copy.deepcopy(getattr(example[0], kind))
+    for line in lines if kind == "sessions" else rng.sample(lines, 60):
+        for top in rng.sample(sorted(set(line) - {"run"}), 3):
+            inside = line[top]
+            places = [(line, top), *(_places(inside) if isinstance(inside, (dict, list)) else [])]
+            holder, key = rng.choice(places)
+            holder[key] = rng.choice(ODD)
+    results = example[0].replace(**{kind: lines})
+    found = analysis.analyse(results, resamples=199)
+    json.dumps(found, allow_nan=False)
+    assert summary(found)
+    root = Reader(report(results, found)).root
+    assert len(root.all("h1")) == 1
+    assert Reader(compare([(results, found), example])).root.all("main")
+
+
+def test_a_number_that_is_not_finite_counts_as_not_known(tmp_path: Path, place: Place) -> None:
+    values = {"integer|affinity|alone": [100.0 + n % 3 for n in range(12)],
+              "integer|affinity|spinner|sibling": [60.0 + n % 3 for n in range(6)]}  # fmt: skip
+    directory = experiments.write(tmp_path / "x", values)
+    lines = (directory / "runs.jsonl").read_text().splitlines()
+    for number, condition in ((0, "integer|affinity|alone"), (1, "integer|affinity|spinner|sibling")):
+        where = [at for at, line in enumerate(lines) if json.loads(line)["condition"] == condition][number]
+        lines[where] = re.sub(r'"rate": {"value": [0-9.]+', '"rate": {"value": 1e999', lines[where])
+        assert json.loads(lines[where])["metrics"]["rate"]["value"] == math.inf
+    (directory / "runs.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    facts = (directory / "sessions.jsonl").read_text().replace("68719476736", "1e999").replace("2400000", "1e999")
+    (directory / "sessions.jsonl").write_text(
+        facts.replace('"steal_percent_since_boot": 0.0', '"steal_percent_since_boot": NaN')
+    )
+    done = place.run("report", str(directory))
+    assert (done.returncode, done.stderr) == (0, "")
+    words = Reader((directory / "report.html").read_text(encoding="utf-8")).root.text
+    assert "rate (1/s) is of 11 runs only: 1 have no finite number for it" in words
+    assert "rate (1/s) is of 5 runs only: 1 have no finite number for it" in words
+    assert "0.80 to not known GHz" in words
+    assert "of unknown size" in words
+    results, found = analysed(directory)
+    drawn = figures.drift(finding.groups(found)[0], results.runs, "x")
+    assert drawn is not None
+    assert len(drawn[1].figure["data"][0]["y"]) == 11
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 10**400], ids=["inf", "-inf", "nan", "huge"])
+def test_what_is_no_finite_number_is_told_as_not_known(value: float) -> None:
+    assert quantity.number(value) == "not known"
+
+
+def test_cores_of_any_number_are_on_the_map() -> None:
+    host = topology(4)
+    for one in host["pcpus"]:
+        one["core"] += 10**400 * (one["cpu"] % 2)
+    assert f"{10**400 + 1}" in hostmap.draw(host, None, [], "map")
 
 
 # -- the host's map ----------------------------------------------------------------------------------------

@@ -226,7 +226,8 @@ def _alone(those: Sequence[_One]) -> list[Html]:
 
 
 def _map(one: _One) -> Html:
-    known = (one.session or {}).get("facts") or {}
+    given = (one.session or {}).get("facts")
+    known = given if isinstance(given, dict) else {}
     drawing = hostmap.draw(
         known.get("topology"), known.get("caches"), one.analysis["conditions"], f"map-{one.letter.lower()}"
     )

@@ -11,6 +11,7 @@ import math
 import re
 from statistics import median
 
+from ..experiment.intake import finite, take
 from . import quantity
 from .finding import Group, cost, metric_words, primary, ratio_of, ratio_words, short
 from .markup import Html, element, inline_json, plain, table
@@ -666,13 +667,12 @@ def drift(group: Group, runs: Sequence[Mapping[str, Any]], name: str) -> tuple[s
 
     :param runs: of the experiment, in order of the schedule
     """
-    metric, alone = group.metric, {one["id"] for one in group.alones}
+    metric, alone = group.metric, {str(one["id"]) for one in group.alones}
+    taken = [take(run)[0] for run in runs if str(run.get("condition")) in alone]
     found = [
-        (run, run["metrics"][metric])
-        for run in runs
-        if run["condition"] in alone
-        and not run["error"]
-        and (run["metrics"].get(metric) or {}).get("value") is not None
+        (run, told)
+        for run in taken
+        if not run["error"] and (told := run["metrics"].get(metric)) and finite(told.get("value"))
     ]
     if len(found) < 2:
         return None
@@ -688,7 +688,7 @@ def drift(group: Group, runs: Sequence[Mapping[str, Any]], name: str) -> tuple[s
         "marker": {"size": 6, "color": COLOURS[2], "opacity": 0.8},
         "hoverinfo": "text",
         "hovertext": [
-            f"run {run['run']}, {_safe(run['started'])}<br>{_span(value, unit)}"
+            f"run {run['run']}, {_safe(run.get('started'))}<br>{_span(value, unit)}"
             for (run, _), value in zip(found, values, strict=True)
         ],
     }
@@ -703,11 +703,11 @@ def drift(group: Group, runs: Sequence[Mapping[str, Any]], name: str) -> tuple[s
         f"order in which they were made: between {ends[0]} and {ends[1]}."
     )
     # By the block: a line for each run would be the longest table of the page, and tell no more.
-    blocks: dict[int, list[float]] = {}
+    blocks: dict[str, list[float]] = {}
     for (run, _), value in zip(found, values, strict=True):
-        blocks.setdefault(int(run.get("block") or 0), []).append(value)
+        blocks.setdefault(str(run.get("block")), []).append(value)
     rows = [
-        [str(block), str(len(those)), *(quantity.span(one, unit) for one in (min(those), median(those), max(those)))]
+        [block, str(len(those)), *(quantity.span(one, unit) for one in (min(those), median(those), max(those)))]
         for block, those in blocks.items()
     ]
     table_of = table(["block", "runs", "least", "median", "most"], rows, caption=f"{group.name} alone: {words}")

@@ -96,7 +96,8 @@ class _Page:
         self.results, self.analysis = results, analysis
         self.design: Mapping[str, Any] = results.experiment.get("design") or {}
         self.session = results.sessions[0] if results.sessions else None
-        self.facts: Mapping[str, Any] = (self.session or {}).get("facts") or {}
+        given = (self.session or {}).get("facts")
+        self.facts: Mapping[str, Any] = given if isinstance(given, dict) else {}
         self.groups = finding.groups(analysis)
         placements = [str(one["placement"]) for one in analysis["conditions"] if one.get("aggressor") is not None]
         self.styles = figures.Styles(placements)
@@ -374,12 +375,12 @@ class _Page:
         failed = [
             [
                 str(run["run"]),
-                _id_words(self.analysis, str(run["condition"])),
-                str(run["error"].get("problem")),
-                str(run["error"].get("remedy") or "–"),
+                _id_words(self.analysis, str(run.get("condition"))),
+                str(error.get("problem") if isinstance(error, dict) else error),
+                str((isinstance(error, dict) and error.get("remedy")) or "–"),
             ]
             for run in self.results.runs
-            if run.get("error")
+            if (error := run.get("error"))
         ]
         if failed:
             body = table(["run", "condition", "what happened", "what to do"], failed, caption="Runs that failed")
@@ -411,7 +412,9 @@ class _Page:
 
     def method(self) -> Section:
         method = self.analysis.get("method") or {}
-        commands = list(dict.fromkeys(_command(one) for one in self.results.sessions if one.get("command")))
+        commands = list(
+            dict.fromkeys(_command(one) for one in self.results.sessions if isinstance(one.get("command"), list))
+        )
         parts: list[Html | None] = []
         if commands:
             parts += [element("pre", command) for command in commands]
