@@ -17,7 +17,7 @@ from hostpart.experiment.results import Results
 from workers.probes.histogram import Histogram
 from workers.probes.record import document
 
-__all__ = ["FACTS", "METRICS", "example", "latencies", "parts", "record", "results", "write"]
+__all__ = ["FACTS", "HYBRID", "METRICS", "example", "hybrid", "latencies", "parts", "record", "results", "write"]
 
 _START = datetime(2026, 11, 25, 21, 0, 0, tzinfo=UTC)
 # What a plain number stands for, by the probe: the primary metric's name, unit and direction.
@@ -37,6 +37,21 @@ _UNITS = {
 # Where the aggressor of a placement sits on a host of two packages, two cores each, two threads each; victim on 2.
 _PCPUS = {"same-pcpu": "2", "sibling": "6", "same-llc": "3", "other-package": "1"}
 _VICTIM_PCPU = 2
+# The same on a hybrid host of two packages, each with two performance cores of two threads and four efficiency cores of
+# one; a victim on each kind. Package 1 is nearer than package 2, of which only one core of each kind is there.
+_HYBRID_PCPUS = {
+    "performance": {
+        "same-pcpu": "2", "sibling": "3", "same-llc/efficiency": "4-7", "same-llc/performance": "0-1",
+        "other-package-at-16/efficiency": "12-15", "other-package-at-16/performance": "8-11",
+        "other-package-at-32/efficiency": "18", "other-package-at-32/performance": "16-17",
+    },
+    "efficiency": {
+        "same-pcpu": "5", "same-llc/efficiency": "4,6-7", "same-llc/performance": "0-3",
+        "other-package-at-16/efficiency": "12-15", "other-package-at-16/performance": "8-11",
+        "other-package-at-32/efficiency": "18", "other-package-at-32/performance": "16-17",
+    },
+}  # fmt: skip
+_HYBRID_VICTIMS = {"performance": 2, "efficiency": 5}
 _RAN: dict[str, Any] = {"as": "host", "alive": True, "exit": None, "did": None, "allowed": None}
 
 FACTS: dict[str, Any] = {
@@ -98,6 +113,29 @@ FACTS: dict[str, Any] = {
     "isolated": None,
     "nohz_full": None,
     "cgroup": 2,
+}
+
+
+HYBRID: dict[str, Any] = {
+    **FACTS,
+    "governor": {str(cpu): "performance" for cpu in range(19)},
+    "topology": {
+        **FACTS["topology"],
+        "usable": "0-18",
+        "pcpus": [
+            {
+                "cpu": cpu,
+                "core": cpu // 2 * 2 if cpu % 8 < (4 if cpu < 16 else 2) else cpu,
+                **dict.fromkeys(("package", "die", "numa", "llc"), cpu // 8),
+                "online": True,
+                "apic_id": cpu,
+                "acpi_uid": cpu,
+                "kind": "performance" if cpu % 8 < (4 if cpu < 16 else 2) else "efficiency",
+            }
+            for cpu in range(19)
+        ],
+    },
+    "caches": None,
 }
 
 
@@ -200,16 +238,18 @@ def results(
         if entry is not None:
             session = int(again_after is not None and slot["run"] >= again_after)
             runs.append(_run(slot, entry, session, when))
-    sessions = [_session(number) for number in range(1 if again_after is None else 2)]
+    hybrid_host = any(parts(condition)[3].partition("/")[0] in _HYBRID_PCPUS for condition in values)
+    facts = HYBRID if hybrid_host else FACTS
+    sessions = [_session(number, facts) for number in range(1 if again_after is None else 2)]
     return Results("synthetic", _experiment(values, planned, seed, name), tuple(sessions), tuple(runs))
 
 
 def _plan(values: Mapping[str, Sequence[Any]], seed: int) -> list[dict[str, Any]]:
     # Blocks for each victim and level: alone before, between and after; the alone runs are dealt out evenly.
     rng, order = random.Random(seed), []
-    for alone in [condition for condition in values if condition.endswith("|alone")]:
-        group = parts(alone)[:2]
-        others = [one for one in values if parts(one)[:2] == group and one != alone]
+    for alone in [condition for condition in values if parts(condition)[2] is None]:
+        group = _group(alone)
+        others = [one for one in values if _group(one) == group and one != alone]
         blocks = max((len(values[one]) for one in others), default=1)
         slots, slot, total = blocks * (len(others) + 1), 0, len(values[alone])
         for block in range(blocks):
@@ -223,17 +263,24 @@ def _plan(values: Mapping[str, Sequence[Any]], seed: int) -> list[dict[str, Any]
     return [{"run": number, "block": block, "condition": condition} for number, (block, condition) in enumerate(order)]
 
 
+def _group(condition: str) -> tuple[str, str, int]:
+    about = _condition(condition)
+    return about["victim"], about["isolation"], about["victim_pcpu"]
+
+
 def _condition(condition: str) -> dict[str, Any]:
     victim, isolation, aggressor, placement = parts(condition)
+    kind, _, name = placement.partition("/")
+    name, pcpus = (name, _HYBRID_PCPUS[kind]) if kind in _HYBRID_PCPUS else (placement, _PCPUS)
     return {
         "id": condition,
         "victim": victim,
         "isolation": isolation,
         "aggressor": aggressor,
         "placement": placement,
-        "degree": placement,
-        "victim_pcpu": _VICTIM_PCPU,
-        "aggressor_pcpus": _PCPUS.get(placement) if aggressor else None,
+        "degree": name.partition("/")[0].partition("-at-")[0],
+        "victim_pcpu": _HYBRID_VICTIMS.get(kind, _VICTIM_PCPU),
+        "aggressor_pcpus": pcpus.get(name) if aggressor else None,
         "as": "host" if aggressor else None,
     }
 
@@ -264,9 +311,7 @@ def _experiment(values: Mapping[str, Any], planned: list[dict[str, Any]], seed: 
             "victims": victims,
             "aggressors": aggressors,
             "isolation": list(dict.fromkeys(one[1] for one in every)),
-            "processes": max(
-                (len(entries) for key, entries in values.items() if not key.endswith("|alone")), default=1
-            ),
+            "processes": max((len(entries) for key, entries in values.items() if parts(key)[2] is not None), default=1),
             "seconds": 1.0,
             "warmup": 0.3,
         },
@@ -278,7 +323,7 @@ def _experiment(values: Mapping[str, Any], planned: list[dict[str, Any]], seed: 
     }
 
 
-def _session(number: int) -> dict[str, Any]:
+def _session(number: int, facts: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "schema": 1,
         "session": number,
@@ -286,7 +331,7 @@ def _session(number: int) -> dict[str, Any]:
         "command": ["hostpart", "experiment", "synthetic.toml", "--out", "results"],
         "cwd": "/home/someone",
         "boot_id": "0c1f9a52-5d39-4a05-b4a5-6d2a4a4f6c11",
-        "facts": FACTS,
+        "facts": facts,
     }
 
 
@@ -361,6 +406,32 @@ def example(directory: Path, *, seed: int = 1, processes: int = 10) -> Path:
     }
     values["wakeup|cpuset|spinner|other-package"][-2:] = [None, None]
     return write(directory, values, seed=seed, name="interference", again_after=100)
+
+
+def hybrid(directory: Path, *, seed: int = 1, processes: int = 6) -> Path:
+    """Write an experiment on a hybrid host, whose efficiency cores are slower, and return its directory.
+
+    Two victims, each on a core of each kind; what an aggressor costs one does not hang on the kind. Alone on the
+    efficiency core, integer grew faster by a tenth.
+    """
+    rng = random.Random(seed)
+    factors = {"alone": 1.0, "free": 0.9, "same-pcpu": 0.5, "sibling": 0.66}
+    values: dict[str, list[float | dict[str, Any] | None]] = {}
+    for victim in ("integer", "wakeup"):
+        for kind in _HYBRID_PCPUS:
+            slow = kind == "efficiency"
+            speed = {"integer": 0.5, "wakeup": 0.9}[victim] if slow else 1.0
+            values[f"{victim}|affinity|{kind}/alone"] = []
+            for name in ("free", *_HYBRID_PCPUS[kind]):
+                values[f"{victim}|affinity|spinner|{kind}/{name}"] = []
+            for condition in [one for one in values if _group(one) == _group(f"{victim}|affinity|{kind}/alone")]:
+                kept = factors.get(parts(condition)[3].partition("/")[2], 1.0)
+                count = processes * (1 if parts(condition)[2] else len(_HYBRID_PCPUS[kind]) + 2)
+                drift = 0.1 if slow and victim == "integer" and not parts(condition)[2] else 0.0
+                values[condition] = [
+                    _entry(rng, victim, kept * speed * (1 + drift * number / count), 0) for number in range(count)
+                ]
+    return write(directory, values, seed=seed, name="hybrid")
 
 
 def _mapping(entry: float | dict[str, Any] | None) -> dict[str, Any]:

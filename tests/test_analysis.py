@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import resource
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ from scipy import stats
 import hostpart.experiment
 from hostpart.cli.analysis import summary
 from hostpart.errors import Failed, UsageError
-from hostpart.experiment import extra
+from hostpart.experiment import extra, starts
 from hostpart.experiment.analysis import analyse, keep, pool
+from hostpart.experiment.intake import take
 from hostpart.experiment.results import Results, read
 from tests import experiments
 from tests.experiments import example, latencies, results, write
 from workers.probes.histogram import Histogram
+from workers.probes.tools import cyclictest, oslat, stress_ng
 
 FOLDER = Path(hostpart.experiment.__file__ or "").parent
 ALONE, LOADED = "integer|affinity|alone", "integer|affinity|spinner|sibling"
@@ -164,6 +167,29 @@ def test_an_analysis_leaves_the_results_as_they_were(everything: Results) -> Non
 def test_where_the_directory_cannot_be_written_it_says_so(tmp_path: Path) -> None:
     with pytest.raises(Failed, match="cannot be written to"):
         keep({}, str(tmp_path / "absent"))
+
+
+def test_half_an_analysis_is_not_left_behind(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(Failed, match="File too large"):
+            keep({"name": "x" * 100_000}, str(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_analysis_that_is_interrupted_leaves_the_one_that_is_there(tmp_path: Path) -> None:
+    class Interrupted(dict[str, Any]):
+        def items(self) -> Any:
+            raise KeyboardInterrupt
+
+    keep({"name": "first"}, str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        keep({"name": "second", "method": Interrupted(a=1)}, str(tmp_path))
+    assert [one.name for one in tmp_path.iterdir()] == ["analysis.json"]
+    assert json.loads((tmp_path / "analysis.json").read_text()) == {"name": "first"}
 
 
 def test_too_few_resamples_are_refused() -> None:
@@ -386,20 +412,128 @@ def test_damaged_lines_and_runs_of_no_condition_are_told_of(tmp_path: Path) -> N
     ]
 
 
-def test_a_host_that_was_another_one_at_the_second_start_is_warned_of() -> None:
+def _resumed(**facts: Any) -> list[str]:
+    # The warnings where these facts are others at the second start; a mapping replaces parts of one.
     made = results({ALONE: rates(1, 10)}, again_after=5)
     assert analysed(made)["warnings"] == []
-    facts = {**experiments.FACTS, "kernel": {**experiments.FACTS["kernel"], "release": "7.0.1"}}
-    made.sessions[1]["facts"] = facts
-    assert analysed(made)["warnings"] == [
-        'the host was not the same at each start: kernel.release was "6.12.90" and "7.0.1"'
+    given = {name: {**experiments.FACTS[name], **one} if isinstance(one, dict) else one for name, one in facts.items()}
+    made.sessions[1]["facts"] = {**experiments.FACTS, **given}
+    warnings: list[str] = analysed(made)["warnings"]
+    head = "the host was not the same at each start: "
+    assert all(one.startswith(head) for one in warnings)
+    return [one.removeprefix(head) for one in warnings]
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"kernel": {"release": "7.0.1"}}, "kernel.release was 6.12.90 and 7.0.1"),
+        ({"versions": {"hostpart": "0.3.0"}}, "versions.hostpart was 0.2.0 and 0.3.0"),
+        (
+            {"versions": {"python": "3.12.1", "numba": "0.61.0"}},
+            "versions.python was 3.11.7 and 3.12.1; versions.numba was none and 0.61.0",
+        ),
+        (
+            {"kernel": {"cmdline": "root=/dev/sda1 isolcpus=3"}},
+            'kernel.cmdline was "root=/dev/sda1 isolcpus=2" and "root=/dev/sda1 isolcpus=3"',
+        ),
+        (
+            {"mitigations": {"mds": "Vulnerable"}},
+            'mitigations.mds was "Mitigation: Clear CPU buffers; SMT vulnerable" and Vulnerable',
+        ),
+        ({"smt": {"active": None}}, "smt.active was true and none"),
+        ({"governor": None}, "governor.0 and 7 others was performance and none"),
+        ({"turbo": True}, "turbo was false and true"),
+        (
+            {"versions": {name: f"1{name}" for name in "abcde"}},
+            "; ".join([*(f"versions.{name} was none and 1{name}" for name in "abc"), "2 more of versions"]),
+        ),
+    ],
+    ids=["kernel", "hostpart", "two versions", "command line", "mitigation", "SMT", "governors", "turbo", "many"],
+)
+def test_a_host_that_was_another_one_at_the_second_start_is_warned_of(facts: dict[str, Any], words: str) -> None:
+    assert _resumed(**facts) == [words]
+
+
+def test_of_long_texts_only_what_differs_is_told() -> None:
+    before = {"kernel": {"cmdline": f"{'a=1 ' * 50}quiet isolcpus=2 {'b=2 ' * 50}"}}
+    assert starts.changes([before, {"kernel": {"cmdline": f"{'a=1 ' * 50}quiet isolcpus=3 {'b=2 ' * 50}"}}]) == [
+        'kernel.cmdline was "… quiet isolcpus=2 …" and "… quiet isolcpus=3 …"'
     ]
+    assert starts.changes([before, {"kernel": {"cmdline": f"{'a=1 ' * 50}quiet {'b=2 ' * 50}"}}]) == [
+        'kernel.cmdline was "… quiet isolcpus=2 …" and "… quiet …"'
+    ]
+    assert starts.changes([before, {}]) == [f'kernel.cmdline was "{"a=1 " * 29}a=1…" and none']
+    assert starts.changes([{"hostname": "x" * 999}, {"hostname": "y"}]) == [f"hostname was {'x' * 119}… and y"]
+
+
+@settings(deadline=None)
+@given(st.lists(st.recursive(st.none() | st.booleans() | st.text(max_size=90), st.lists, max_leaves=3), min_size=1))
+def test_whatever_a_start_says_the_same_is_no_change_and_another_is_one(values: list[Any]) -> None:
+    told = starts.changes([{"turbo": value} for value in values])
+    assert len(told) == (len({json.dumps(value) for value in values}) > 1)
+    assert starts.changes([{"turbo": values[0]}] * 3) == []
 
 
 def test_runs_on_different_engines_are_warned_of() -> None:
     made = results({ALONE: rates(1, 10)})
     made.runs[3]["record"]["engine"] = "numba"
     assert analysed(made)["warnings"] == ["integer: its runs do not compare: the engines were numba, python"]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "a text", 7, [], {}, {"engine": "python"}, {"engine": ["python"], "histograms": {}, "slices": None},
+        {"engine": "python", "histograms": [], "slices": None},
+        {"engine": "python", "histograms": {"latency": {"unit": "ns"}}, "slices": None},
+        {"engine": "python", "histograms": {"latency": {"unit": "ns", "max": math.inf, "buckets": []}}, "slices": None},
+        {"engine": "python", "histograms": {"latency": {"unit": "ns", "max": 1, "buckets": [[0, 1]]}}, "slices": None},
+        {"engine": "python", "histograms": {"latency": {"unit": "ns", "max": None, "buckets": [[0, None, 1]]}}},
+        {"engine": "python", "histograms": {"latency": {"unit": "ns", "max": 1, "buckets": [[0, 2, 1e9]]}}},
+        {"engine": "python", "histograms": {}, "slices": {}},
+        {"engine": "python", "histograms": {}, "slices": {"start_ns": [0], "series": {"rate": {"unit": "1/s"}}}},
+        {"engine": "python", "histograms": {}, "slices": {"start_ns": [math.nan], "series": {}}},
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_record_that_is_none_of_a_probes_is_left_out_with_a_word(record: Any) -> None:
+    made = results({ALONE: rates(1, 10)})
+    made.runs[3]["record"] = record
+    found = analysed(made)
+    assert condition(found, ALONE)["metrics"]["rate"]["values"] == rates(1, 10)
+    assert found["warnings"] == [
+        f"{ALONE}: 1 run whose record is not a probe's, or is damaged: what cannot be read is left out"
+    ]
+
+
+def test_the_records_of_other_tools_are_read_whole() -> None:
+    folder = Path(__file__).parent / "tools"
+    for tool, name in ((cyclictest, "cyclictest.json"), (oslat, "oslat.json"), (stress_ng, "stress-ng.txt")):
+        for record in tool((folder / name).read_text()):
+            taken, whole = take({"record": record})
+            assert whole
+            assert list(taken["record"]["histograms"]) == list(record["histograms"])
+
+
+def test_a_damaged_histogram_leaves_the_others_to_be_pooled() -> None:
+    entries = [{"metrics": {"rate": 1.0 + n}, "histograms": {"a": [1, 2], "b": [3]}} for n in range(3)]
+    made = results({ALONE: entries})
+    made.runs[0]["record"]["histograms"]["a"]["buckets"][0][2] = "many"
+    found = condition(analysed(made), ALONE)["histograms"]
+    assert (found["a"]["count"], found["b"]["count"]) == (4, 3)
+
+
+def test_a_slice_that_is_not_finite_is_not_known() -> None:
+    entry = {"metrics": {"rate": 1.0}, "series": {"rate": ("1/s", [1.0, math.inf, 10**400, math.nan])}}
+    found = condition(analysed(results({ALONE: [entry]})), ALONE)["series"]["rate"]
+    assert found["values"] == [1.0, None, None, None]
+
+
+def test_a_metric_without_a_unit_or_a_direction_is_as_if_it_were_not_there() -> None:
+    odd = [{"metrics": {"rate": one}} for one in ({"value": 1.0}, {"value": 1.0, "unit": "1/s", "better": []})]
+    found = analysed(results({ALONE: [*rates(1, 8), *odd]}))
+    assert f"{ALONE}: rate (1/s) is of 8 runs only: 2 do not have it" in found["warnings"]
 
 
 # -- histograms and series -----------------------------------------------------------------------------
@@ -483,7 +617,27 @@ def test_where_nothing_differs_no_more_is_found_than_the_stated_rate(drift: floa
     assert stats.binom.sf(false - 1, comparisons, 0.05) > 1e-3
 
 
-def test_a_summary_names_every_condition_and_obeys_nothing_in_them(everything: Results) -> None:
+def _coloured(value: Any) -> Any:
+    # The same, with what turns a terminal red behind each text and instead of each number of a pCPU.
+    if isinstance(value, str):
+        return f"{value}\x1b[31m\r\u202e"
+    if isinstance(value, list):
+        return [_coloured(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    found = {_coloured(key) if key == "rate" else key: _coloured(one) for key, one in value.items()}
+    return found | ({"victim_pcpu": _coloured("2")} if "victim_pcpu" in value else {})
+
+
+def test_no_text_from_a_file_is_obeyed_by_a_terminal(everything: Results) -> None:
+    shown = summary(_coloured(analyse(everything, resamples=199)))
+    assert all(character.isprintable() or character == "\n" for character in shown)
+    assert "\\x1b[31m" in shown
+    assert "rate\\x1b[31m\\r\\u202e, higher\\x1b[31m\\r\\u202e is better" in shown
+    assert len(shown.splitlines()) == len(summary(analyse(everything, resamples=199)).splitlines())
+
+
+def test_a_summary_names_every_condition(everything: Results) -> None:
     found = analyse(everything, resamples=199)
     text = summary(found)
     for one in found["conditions"]:
@@ -492,8 +646,6 @@ def test_a_summary_names_every_condition_and_obeys_nothing_in_them(everything: R
     assert text.count("missing: ") == len(found["missing"]) == 3
     assert "3 held, 1 tainted, 1 broken" in text
     assert "4 of 5" in text
-    found["warnings"].append("\x1b[31mred")
-    assert "\x1b" not in summary(found)
     assert summary(found, colour=True).startswith(
         "integer on pCPU 2, isolation affinity: rate, higher is better\n\x1b[1m"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 import re
 import subprocess
@@ -16,6 +17,9 @@ from typing import Any
 
 import pytest
 
+from hostpart.cli.analysis import summary
+from hostpart.cli.report import write
+from hostpart.errors import Failed
 from hostpart.experiment import analysis
 from hostpart.experiment.results import Results, read
 from hostpart.report import facts, figures, finding, hostmap, markup, quantity
@@ -256,6 +260,130 @@ def test_where_nothing_is_worse_the_headline_says_so(tmp_path: Path) -> None:
     assert "none of 1 condition made its rate worse" in finding.headline(found, {})
 
 
+# -- a victim on several pCPUs -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, dict[str, Any]]:
+    """An experiment on a host of two kinds of core and two distances, and its analysis."""
+    return analysed(experiments.hybrid(tmp_path_factory.mktemp("report") / "hybrid"))
+
+
+def test_each_kind_of_core_is_compared_with_its_own_alone_runs(mixed: tuple[Results, dict[str, Any]]) -> None:
+    results, found = mixed
+    groups = finding.groups(found)
+    assert [group.name for group in groups] == [
+        f"{victim} on {kind} pCPU {pcpu}"
+        for victim in ("integer", "wakeup")
+        for kind, pcpu in (("performance", 2), ("efficiency", 5))
+    ]
+    styles = figures.Styles([one["placement"] for one in found["conditions"] if one["aggressor"]])
+    medians = []
+    for group in groups[:2]:
+        assert group.alone is not None
+        assert group.alones == [group.alone]
+        assert {one["victim_pcpu"] for one in group.every} == {group.alone["victim_pcpu"]}
+        medians.append(group.alone["metrics"]["rate"]["median"])
+        drawn = figures.processes(group, styles, "x")
+        assert drawn is not None
+        [line] = drawn[1].figure["layout"]["shapes"]
+        assert line["x0"] == drawn[1].figure["data"][1]["x"][0]
+        steady = figures.drift(group, results.runs, "x")
+        assert steady is not None
+        assert len(steady[1].figure["data"][0]["x"]) == group.alone["done"]
+    assert medians[1] < 0.6 * medians[0]
+
+
+def test_a_page_names_the_pcpu_where_a_victim_has_several(mixed: tuple[Results, dict[str, Any]]) -> None:
+    root = Reader(report(*mixed)).root
+    for section in ("findings", "processes", "drift"):
+        [part] = [one for one in root.all("section") if one.attributes["id"] == section]
+        assert [one.text for one in part.all("h3")] == [group.name for group in finding.groups(mixed[1])]
+    findings = " ".join(root.text.split())
+    assert "integer on performance pCPU 2 reached 0.5" in findings
+    assert "integer on efficiency pCPU 5 reached 0.4" in findings
+    [table] = [one for one in root.all("table") if one.text.strip().startswith("Runs alone over time")]
+    rows = [[cell.text for cell in row.walk() if cell.tag in ("th", "td")] for row in table.all("tr")[1:]]
+    assert [(row[0], row[-1]) for row in rows] == [
+        ("integer on performance pCPU 2, affinity", "steady"),
+        ("integer on efficiency pCPU 5, affinity", "changed"),
+        ("wakeup on performance pCPU 2, affinity", "steady"),
+        ("wakeup on efficiency pCPU 5, affinity", "steady"),
+    ]
+    sentences = [one.attributes["aria-label"] for one in root.all("div", "plot")]
+    assert len(sentences) == len(set(sentences))
+    assert all("pCPU 2" in one or "pCPU 5" in one for one in sentences)
+
+
+def test_where_a_victim_has_one_pcpu_it_is_not_named(example: tuple[Results, dict[str, Any]]) -> None:
+    assert {group.name for group in finding.groups(example[1])} == {"integer", "wakeup", "build"}
+
+
+def test_without_kinds_the_pcpus_number_tells_the_groups_apart(example: tuple[Results, dict[str, Any]]) -> None:
+    found = copy.deepcopy(example[1])
+    for one in found["conditions"]:
+        one["victim_pcpu"] = 3 if one["aggressor"] else 2
+    names = [group.name for group in finding.groups(found) if group.victim == "build"]
+    assert names == ["build on pCPU 2", "build on pCPU 3"] * 2
+
+
+def test_placements_of_several_kinds_and_distances_have_names_that_differ(
+    mixed: tuple[Results, dict[str, Any]],
+) -> None:
+    group = finding.groups(mixed[1])[0]
+    matrix, drawn = figures.matrix(group, "x"), figures.processes(group, figures.Styles(group.placements), "x")
+    assert matrix is not None
+    assert drawn is not None
+    for plot in (matrix, drawn[1]):
+        names = plot.figure["layout"]["yaxis"]["ticktext"]
+        assert len(set(names)) == len(names)
+        assert not [name for name in names if "…" in name]
+    wakeup = finding.groups(mixed[1])[2]
+    [(_, plot)] = figures.distributions(wakeup, figures.Styles(wakeup.placements), "x")
+    assert [trace["name"] for trace in plot.figure["data"]] == ["alone", *map(finding.short, wakeup.placements)]
+
+
+def test_a_placement_looks_the_same_for_a_victim_on_either_kind_of_core() -> None:
+    styles = figures.Styles(["performance/free", "performance/sibling", "efficiency/free", "efficiency/same-llc"])
+    for look in (styles.colour, styles.symbol, lambda name: str(styles.line(name))):
+        assert look("performance/free") == look("efficiency/free") != look("performance/alone")
+        assert look("performance/alone") == look("alone")
+
+
+@pytest.mark.parametrize(
+    ("placement", "kind", "short", "words"),
+    [
+        ("same-llc", "", "same-llc", "on another core of the same cache"),
+        ("performance/same-pcpu", "performance", "same-pcpu", "on its own pCPU"),
+        (
+            "efficiency/same-llc/performance",
+            "efficiency",
+            "same-llc/performance",
+            "on another core of the same cache (same-llc/performance)",
+        ),
+        ("other-package-at-32", "", "other-package-at-32", "in another package (other-package-at-32)"),
+        ("performance/alone", "performance", "alone", "at performance/alone"),
+        ("odd/one", "", "odd/one", "at odd/one"),
+    ],
+    ids=str,
+)
+def test_a_placements_name_is_taken_apart(placement: str, kind: str, short: str, words: str) -> None:
+    assert (finding.kind(placement), finding.short(placement), finding.where(placement)) == (kind, short, words)
+
+
+def test_two_hybrid_hosts_are_compared_kind_by_kind(mixed: tuple[Results, dict[str, Any]]) -> None:
+    root = Reader(compare([mixed, mixed])).root
+    [ratios, alone] = [one for one in root.all("section") if one.attributes["id"] in ("ratios", "alone")]
+    names = [
+        f"{victim} ({kind} core), affinity"
+        for victim in ("integer", "wakeup")
+        for kind in ("performance", "efficiency")
+    ]
+    assert [one.text for one in ratios.all("h3")] == names
+    assert [row.all("th")[0].text for row in alone.all("tbody")[0].all("tr")] == names
+    assert len(ratios.all("div", "plot")) == 4
+
+
 # -- data stays data ---------------------------------------------------------------------------------------
 
 
@@ -436,6 +564,79 @@ def test_whatever_is_not_known_the_page_stands(example: tuple[Results, dict[str,
     root = Reader(report(results, found)).root
     assert len(root.all("h1")) == 1
     assert Reader(compare([(results, found), example])).root.all("main")
+
+
+ODD = [None, math.inf, -math.inf, math.nan, 10**400, "x", "", [], {}, True, -1, [1], {"a": 1}, 1e308, 0]
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    # Every place in a document that a value can be put into; of long lists, only the first ones.
+    those = list(value.items()) if isinstance(value, dict) else list(enumerate(value[:3]))
+    for key, one in those:
+        yield value, key
+        if isinstance(one, (dict, list)):
+            yield from _places(one)
+
+
+@pytest.mark.parametrize("kind", ["runs", "sessions"])
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_is_in_the_lines_the_page_stands(
+    example: tuple[Results, dict[str, Any]], kind: str, seed: int
+) -> None:
+    rng = random.Random(seed)
+    lines = copy.deepcopy(getattr(example[0], kind))
+    for line in lines if kind == "sessions" else rng.sample(lines, 60):
+        for top in rng.sample(sorted(set(line) - {"run"}), 3):
+            inside = line[top]
+            places = [(line, top), *(_places(inside) if isinstance(inside, (dict, list)) else [])]
+            holder, key = rng.choice(places)
+            holder[key] = rng.choice(ODD)
+    results = example[0].replace(**{kind: lines})
+    found = analysis.analyse(results, resamples=199)
+    json.dumps(found, allow_nan=False)
+    assert summary(found)
+    root = Reader(report(results, found)).root
+    assert len(root.all("h1")) == 1
+    assert Reader(compare([(results, found), example])).root.all("main")
+
+
+def test_a_number_that_is_not_finite_counts_as_not_known(tmp_path: Path, place: Place) -> None:
+    values = {"integer|affinity|alone": [100.0 + n % 3 for n in range(12)],
+              "integer|affinity|spinner|sibling": [60.0 + n % 3 for n in range(6)]}  # fmt: skip
+    directory = experiments.write(tmp_path / "x", values)
+    lines = (directory / "runs.jsonl").read_text().splitlines()
+    for number, condition in ((0, "integer|affinity|alone"), (1, "integer|affinity|spinner|sibling")):
+        where = [at for at, line in enumerate(lines) if json.loads(line)["condition"] == condition][number]
+        lines[where] = re.sub(r'"rate": {"value": [0-9.]+', '"rate": {"value": 1e999', lines[where])
+        assert json.loads(lines[where])["metrics"]["rate"]["value"] == math.inf
+    (directory / "runs.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    facts = (directory / "sessions.jsonl").read_text().replace("68719476736", "1e999").replace("2400000", "1e999")
+    (directory / "sessions.jsonl").write_text(
+        facts.replace('"steal_percent_since_boot": 0.0', '"steal_percent_since_boot": NaN')
+    )
+    done = place.run("report", str(directory))
+    assert (done.returncode, done.stderr) == (0, "")
+    words = Reader((directory / "report.html").read_text(encoding="utf-8")).root.text
+    assert "rate (1/s) is of 11 runs only: 1 have no finite number for it" in words
+    assert "rate (1/s) is of 5 runs only: 1 have no finite number for it" in words
+    assert "0.80 to not known GHz" in words
+    assert "of unknown size" in words
+    results, found = analysed(directory)
+    drawn = figures.drift(finding.groups(found)[0], results.runs, "x")
+    assert drawn is not None
+    assert len(drawn[1].figure["data"][0]["y"]) == 11
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 10**400], ids=["inf", "-inf", "nan", "huge"])
+def test_what_is_no_finite_number_is_told_as_not_known(value: float) -> None:
+    assert quantity.number(value) == "not known"
+
+
+def test_cores_of_any_number_are_on_the_map() -> None:
+    host = topology(4)
+    for one in host["pcpus"]:
+        one["core"] += 10**400 * (one["cpu"] % 2)
+    assert f"{10**400 + 1}" in hostmap.draw(host, None, [], "map")
 
 
 # -- the host's map ----------------------------------------------------------------------------------------
@@ -698,6 +899,18 @@ def test_a_file_that_cannot_be_written_is_a_failure(tmp_path: Path, place: Place
     done = place.run("report", str(tmp_path / "a"), "-o", str(tmp_path / "not/there.html"))
     assert (done.returncode, done.stdout) == (1, "")
     assert "cannot be written" in done.stderr
+
+
+def test_half_a_page_is_not_left_behind(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write(str(path), "first")
+    with pytest.raises(UnicodeEncodeError):
+        write(str(path), f"{'second' * 9999}\ud800")
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(Failed, match="cannot be written: Is a directory"):
+        write(str(tmp_path / "directory"), "third")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["directory", "report.html"]
+    assert path.read_text() == "first"
 
 
 def test_the_command_line_needs_none_of_the_extra() -> None:

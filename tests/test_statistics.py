@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import tracemalloc
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import combinations
@@ -128,6 +129,25 @@ def test_the_same_seed_gives_the_same_interval_and_another_one_nearly_the_same()
     assert first == median_interval(list(ALONE), seed=1)
     assert first == pytest.approx(median_interval(ALONE, seed=2), rel=0.05)
     assert median_interval(ALONE, seed=1, resamples=19) != median_interval(ALONE, seed=2, resamples=19)
+
+
+@pytest.mark.parametrize("count", [8000, 7999], ids=["even", "odd"])
+def test_an_interval_of_many_values_takes_little_memory_and_is_that_of_all_resamples(count: int) -> None:
+    resamples = 1_500
+    rng = random.Random(1)
+    values = [rng.gauss(1, 0.1) for _ in range(count)]
+    tracemalloc.start()
+    try:
+        found = median_interval(values, resamples=resamples)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 32 << 20  # all at once: 92 MiB
+    drawn = np.random.default_rng([0, 0, count]).integers(0, count, (resamples, count))
+    medians = np.median(np.sort(values)[drawn], axis=1)
+    share = statistics.tail(count)
+    bounds = np.quantile(medians, share, method="lower"), np.quantile(medians, 1 - share, method="higher")
+    assert found == pytest.approx(bounds, rel=1e-12)
 
 
 def test_the_order_of_the_values_does_not_matter() -> None:

@@ -37,10 +37,11 @@ def summary(analysis: Mapping[str, Any], *, colour: bool = False) -> str:
     groups: dict[tuple[str, str, int], list[Mapping[str, Any]]] = {}
     for one in analysis["conditions"]:
         groups.setdefault((one["victim"], one["isolation"], one["victim_pcpu"]), []).append(one)
-    parts = [f"{_title(group)}\n{_table(group, colour)}" for group in groups.values()]
-    warnings = [f"warning: {plain(warning)}" for warning in analysis["warnings"]]
+    # Whatever is told comes from files, which others may have written: a line is made plain as a whole.
+    parts = [f"{plain(_title(group))}\n{_table(group, colour)}" for group in groups.values()]
+    warnings = [plain(f"warning: {warning}") for warning in analysis["warnings"]]
     missing = [
-        f"missing: {plain(one['condition'])}: {one['done']} of {_runs(one['planned'])}: {plain('; '.join(one['why']))}"
+        plain(f"missing: {one['condition']}: {one['done']} of {_runs(one['planned'])}: {'; '.join(one['why'])}")
         for one in analysis["missing"]
     ]
     parts += ["\n".join(lines) for lines in (warnings, missing) if lines]
@@ -49,11 +50,11 @@ def summary(analysis: Mapping[str, Any], *, colour: bool = False) -> str:
 
 def _title(conditions: Sequence[Mapping[str, Any]]) -> str:
     first = conditions[0]
-    head = f"{plain(first['victim'])} on pCPU {first['victim_pcpu']}, isolation {plain(first['isolation'])}"
+    head = f"{first['victim']} on pCPU {first['victim_pcpu']}, isolation {first['isolation']}"
     for one in conditions:
         if one["primary"] in one["metrics"]:
             metric = one["metrics"][one["primary"]]
-            return f"{head}: {plain(one['primary'].replace('_', ' '))}, {metric['better']} is better"
+            return f"{head}: {one['primary'].replace('_', ' ')}, {metric['better']} is better"
     return f"{head}: nothing was measured"
 
 

@@ -93,9 +93,12 @@ def write(path: str, text: str) -> None:
         with open(new, "w", encoding="utf-8", newline="") as file:
             file.write(text)
         os.replace(new, path)
-    except OSError as error:
+    except BaseException as error:
+        # Half a page is of use to nobody: also after ^C.
         try:
             os.unlink(new)
         except OSError:
             pass
+        if not isinstance(error, OSError):
+            raise
         raise Failed(f"{path} cannot be written: {error.strerror}", "make room, or name another -o FILE") from None

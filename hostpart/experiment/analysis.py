@@ -10,6 +10,7 @@ warned of instead.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -20,7 +21,8 @@ from hdrh.histogram import HdrHistogram
 from ..cpuset import CpuSet
 from ..errors import Failed
 from ..value import Value
-from . import statistics
+from . import starts, statistics
+from .intake import VERDICTS, finite, take
 from .statistics import ALPHA, CONFIDENCE, FEWEST, RESAMPLES
 
 TYPE_CHECKING = False
@@ -36,9 +38,6 @@ ANALYSIS = "analysis.json"
 SCHEMA = 1
 _PERCENTILES = {"p50": 50.0, "p99": 99.0, "p99_9": 99.9}
 _DIGITS = 2  # of HdrHistogram: the layout in which probes count, see workers/probes/histogram.py
-_VERDICTS = ("held", "tainted", "broken")
-# Facts of the host of which all starts of an experiment should tell the same.
-_SAME = ("hostname", "kernel.release", "cpu.model", "cpu.microcode", "smt.active", "governor", "turbo", "isolated")
 
 
 class _Metric(Value):
@@ -85,7 +84,12 @@ def keep(analysis: Mapping[str, Any], directory: str) -> str:
             json.dump(analysis, file, indent=1, allow_nan=False)
             file.write("\n")
         os.replace(path + ".new", path)
-    except OSError as error:
+    except BaseException as error:
+        # Half a file is of use to nobody, and on a full disk it takes the room that is left: also after ^C.
+        with contextlib.suppress(OSError):
+            os.unlink(path + ".new")
+        if not isinstance(error, OSError):
+            raise
         raise Failed(
             f"the analysis cannot be written to {directory}: {error.strerror}", "make room or mend what it says"
         ) from None
@@ -137,12 +141,18 @@ class _Analysis:
         self.few: list[str] = []  # conditions with too few runs for an interval
         self.warnings: list[str] = []
         self.comparisons: list[_Comparison] = []
-        strange = [run for run in results.runs if run["condition"] not in self.runs]
+        self.unread = Counter[str]()  # runs whose record can't be read, or not all of it, by condition
+        strange = 0
         for run in results.runs:
-            if run["condition"] in self.runs:
-                self.runs[run["condition"]].append(run)
+            name = run.get("condition")
+            if not isinstance(name, str) or name not in self.runs:
+                strange += 1
+                continue
+            taken, whole = take(run)
+            self.runs[name].append(taken)
+            self.unread[name] += not whole
         if strange:
-            self.warnings.append(f"{_runs(len(strange))} of a condition that the plan does not have: left out")
+            self.warnings.append(f"{_runs(strange)} of a condition that the plan does not have: left out")
         self.done = {name: [run for run in runs if run["error"] is None] for name, runs in self.runs.items()}
 
     def document(self) -> dict[str, Any]:
@@ -216,9 +226,9 @@ class _Analysis:
                 lost["do not have it"] += 1
             elif (one["unit"], one["better"]) != (unit, better):
                 lost[f"have it in {one['unit']} ({one['better']} is better)"] += 1
-            elif one["value"] is None:
+            elif one.get("value") is None:
                 lost["do not know it"] += 1
-            elif not _finite(one["value"]):
+            elif not finite(one["value"]):
                 lost["have no finite number for it"] += 1
             else:
                 values.append(float(one["value"]))
@@ -256,7 +266,7 @@ class _Analysis:
             "metrics": shown,
             "histograms": self._histograms(name),
             "series": _series(done, metrics[name].get(primary or "")),
-            "verdicts": {**{verdict: verdicts[verdict] for verdict in _VERDICTS}, "none": verdicts[None]},
+            "verdicts": {**{verdict: verdicts[verdict] for verdict in VERDICTS}, "none": verdicts[None]},
             "reasons": [[reason, count] for reason, count in reasons.most_common()],
         }
 
@@ -318,7 +328,7 @@ class _Analysis:
     def _histograms(self, name: str) -> dict[str, Any]:
         found: dict[str, list[dict[str, Any]]] = {}
         for run in self.done[name]:
-            for key, one in (run["record"] or {}).get("histograms", {}).items():
+            for key, one in (run["record"] or {"histograms": {}})["histograms"].items():
                 found.setdefault(key, []).append(one)
         shown = {}
         for key, given in found.items():
@@ -339,14 +349,16 @@ class _Analysis:
             self.warnings.append(
                 f"{count} {'line' if count == 1 else 'lines'} of the results could not be read: cut short, or damaged"
             )
-        with_runs = {run["session"] for run in self.results.runs}
-        facts = [one["facts"] for one in self.results.sessions if one["session"] in with_runs]
-        for name in _SAME:
-            told = {json.dumps(_fact(one, name), sort_keys=True) for one in facts}
-            if len(told) > 1:
+        for name, count in self.unread.items():
+            if count:
                 self.warnings.append(
-                    f"the host was not the same at each start: {name} was {' and '.join(sorted(told))}"
+                    f"{name}: {_runs(count)} whose record is not a probe's, or is damaged: what cannot be read is "
+                    "left out"
                 )
+        with_runs = [run.get("session") for run in self.results.runs]
+        kept = [one.get("facts") for one in self.results.sessions if one.get("session") in with_runs]
+        facts = [one for one in kept if isinstance(one, dict)]
+        self.warnings += [f"the host was not the same at each start: {change}" for change in starts.changes(facts)]
         for victim, runs in self._of_victim().items():
             engines = {run["record"]["engine"] for run in runs if run["record"]}
             if len(engines) > 1:
@@ -357,7 +369,7 @@ class _Analysis:
     def _say_what_held(self, shown: Sequence[Mapping[str, Any]]) -> None:
         for one in shown:
             # Where the aggressor is on the victim's pCPU by design, it is what taints.
-            weighed = _VERDICTS[2:] if one["overlaps"] else _VERDICTS[1:]
+            weighed = VERDICTS[2:] if one["overlaps"] else VERDICTS[1:]
             bad = [f"{one['verdicts'][verdict]} {verdict}" for verdict in weighed if one["verdicts"][verdict]]
             if bad:
                 why = f": {one['reasons'][0][0]}" if one["reasons"] else ""
@@ -434,20 +446,6 @@ def _series(done: Sequence[Mapping[str, Any]], primary: _Metric | None) -> dict[
     return {
         name: {"unit": one["unit"], "t_s": times, "values": one["values"]} for name, one in slices["series"].items()
     }
-
-
-def _finite(value: object) -> bool:
-    try:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number beyond what a float holds
-        return False
-
-
-def _fact(facts: Mapping[str, Any], name: str) -> Any:
-    found: Any = facts
-    for part in name.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    return found
 
 
 def _listed(interval: tuple[float, float] | None) -> list[float] | None:

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 __all__ = ["compare"]
 
-_Key = tuple[str, str, "str | None", str]
+_Key = tuple[str, str, "str | None", str]  # victim, isolation, aggressor, placement
+# Victim, its kind of core where the host has several, isolation: what is compared with the same alone runs. Not the
+# pCPU: it may have another number on another host.
+_Group = tuple[str, str, str]
 
 
 class _One:
@@ -120,17 +123,22 @@ def _design_differences(those: Sequence[_One]) -> list[tuple[str, list[str]]]:
     return [(label, texts) for label, texts in found if len(set(texts)) > 1]
 
 
-def _groups(those: Sequence[_One]) -> dict[tuple[str, str], list[_Key]]:
-    found: dict[tuple[str, str], list[_Key]] = {}
+def _groups(those: Sequence[_One]) -> dict[_Group, list[_Key]]:
+    found: dict[_Group, list[_Key]] = {}
     for one in those:
         for key in one.conditions:
-            keys = found.setdefault(key[:2], [])
+            keys = found.setdefault((key[0], finding.kind(key[3]), key[1]), [])
             if key not in keys:
                 keys.append(key)
     return found
 
 
-def _plots(those: Sequence[_One]) -> list[tuple[tuple[str, str], figures.Plot | None, list[_Key]]]:
+def _title(group: _Group) -> str:
+    victim, kind, isolation = group
+    return f"{victim} ({kind} core), {isolation}" if kind else f"{victim}, {isolation}"
+
+
+def _plots(those: Sequence[_One]) -> list[tuple[_Group, figures.Plot | None, list[_Key]]]:
     found = []
     for number, (group, keys) in enumerate(_groups(those).items()):
         beside = [key for key in keys if key[2] is not None]
@@ -141,15 +149,12 @@ def _plots(those: Sequence[_One]) -> list[tuple[tuple[str, str], figures.Plot | 
             )
             for key in beside
         ]
-        title = ", ".join(group)
-        plot = figures.compared(title, rows, _letters(those), f"compared-{number}") if rows else None
+        plot = figures.compared(_title(group), rows, _letters(those), f"compared-{number}") if rows else None
         found.append((group, plot, beside))
     return found
 
 
-def _ratios(
-    those: Sequence[_One], plots: Sequence[tuple[tuple[str, str], figures.Plot | None, list[_Key]]]
-) -> list[Html]:
+def _ratios(those: Sequence[_One], plots: Sequence[tuple[_Group, figures.Plot | None, list[_Key]]]) -> list[Html]:
     parts = [
         element("p", _told(those, [key for _, _, keys in plots for key in keys]), class_="lead"),
         element(
@@ -159,12 +164,12 @@ def _ratios(
             class_="note",
         ),
     ]
-    for (victim, isolation), plot, keys in plots:
+    for group, plot, keys in plots:
         rows = [_ratio_row(those, key) for key in keys]
         headers = ["condition", *(f"{one.letter}: ratio [interval]" for one in those), "intervals"]
         metric = next((_metric(one.conditions[key]) for key in keys for one in those if key in one.conditions), "")
         parts += [
-            element("h3", f"{victim}, {isolation}"),
+            element("h3", _title(group)),
             table(headers, rows, caption=f"{finding.metric_words(metric)} as a ratio to alone"),
             plot.html() if plot else element("p", "No ratio is known.", class_="missing"),
         ]
@@ -214,14 +219,15 @@ def _alone(those: Sequence[_One]) -> list[Html]:
                 else f"{quantity.interval(metric['median'], metric.get('ci'), str(metric['unit']))}, n = {metric['n']}"
                 for metric in metrics
             ]
-            rows.append([", ".join(group), finding.metric_words(names[0] if names else None), *cells])
+            rows.append([_title(group), finding.metric_words(names[0] if names else None), *cells])
     if not rows:
         return [element("p", "No victim ran alone.", class_="missing")]
     return [table(["victim", "metric", *_letters(those)], rows, caption="Medians with their intervals")]
 
 
 def _map(one: _One) -> Html:
-    known = (one.session or {}).get("facts") or {}
+    given = (one.session or {}).get("facts")
+    known = given if isinstance(given, dict) else {}
     drawing = hostmap.draw(
         known.get("topology"), known.get("caches"), one.analysis["conditions"], f"map-{one.letter.lower()}"
     )

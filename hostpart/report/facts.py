@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from ..cpuset import CpuSet
+from ..experiment.intake import finite
 from . import quantity
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
 __all__ = ["UNKNOWN", "changes", "rows", "short", "size"]
@@ -23,7 +24,7 @@ def rows(session: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     :param session: a line of ``sessions.jsonl``; None: there is none
     """
     session = session or {}
-    facts: Mapping[str, Any] = session.get("facts") or {}
+    facts = _mapping(session.get("facts"))
     kernel, cpu, smt = (_mapping(facts.get(name)) for name in ("kernel", "cpu", "smt"))
     clock, memory = _mapping(facts.get("clocksource")), _mapping(facts.get("memory"))
     steal = facts.get("steal_percent_since_boot")
@@ -47,7 +48,7 @@ def rows(session: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         ("frequency", _frequency(_mapping(facts.get("frequency_khz")))),
         ("clock source", _clock(clock)),
         ("hypervisor", _text(facts.get("hypervisor"), "none reported")),
-        ("time stolen since boot", UNKNOWN if steal is None else f"{quantity.number(steal)} %"),
+        ("time stolen since boot", f"{quantity.number(steal)} %" if finite(steal) else UNKNOWN),
         ("memory", _memory(memory)),
         ("mitigations", _mitigations(facts.get("mitigations"))),
         ("isolated pCPUs (isolcpus)", _text(facts.get("isolated"), "none reported")),
@@ -82,6 +83,17 @@ def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+# Makes a fact that is not as hostpart writes it, from another version or by hand, one that is not known.
+def _readable(told: Callable[[Any], str]) -> Callable[[Any], str]:
+    def guarded(fact: object) -> str:
+        try:
+            return told(fact)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            return UNKNOWN
+
+    return guarded
+
+
 def _text(value: object, missing: str = UNKNOWN) -> str:
     return missing if value is None or value == "" else str(value)
 
@@ -94,6 +106,7 @@ def _switch(value: object) -> str:
     return UNKNOWN if value is None else "on" if value else "off"
 
 
+@_readable
 def _identity(cpu: Mapping[str, Any]) -> str:
     numbers = [cpu.get(name) for name in ("family", "model_number", "stepping")]
     if all(one is None for one in numbers):
@@ -102,6 +115,7 @@ def _identity(cpu: Mapping[str, Any]) -> str:
     return maker + ", ".join("?" if one is None else str(one) for one in numbers)
 
 
+@_readable
 def _pcpus(topology: Mapping[str, Any]) -> str:
     pcpus = [one for one in topology.get("pcpus") or () if isinstance(one, dict)]
     online = [one for one in pcpus if one.get("online")]
@@ -119,6 +133,7 @@ def _pcpus(topology: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+@_readable
 def _caches(caches: object) -> str:
     kinds: dict[str, int] = {}
     for one in caches if isinstance(caches, list) else ():
@@ -130,13 +145,14 @@ def _caches(caches: object) -> str:
 
 def size(value: object) -> str:
     """Return a size of memory in powers of two, as caches and nodes are sold by: ``32 MiB``."""
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, (int, float)) or not finite(value):
         return "of unknown size"
     steps = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
     step, unit = next(((step, unit) for step, unit in steps if value >= step), (1, "bytes"))
     return f"{quantity.number(value / step)} {unit}"
 
 
+@_readable
 def _smt(smt: Mapping[str, Any]) -> str:
     active, control = smt.get("active"), smt.get("control")
     if active is None:
@@ -144,6 +160,7 @@ def _smt(smt: Mapping[str, Any]) -> str:
     return _switch(active) + (f" (control: {control})" if control else "")
 
 
+@_readable
 def _governor(governors: object) -> str:
     if not isinstance(governors, dict) or not governors:
         return UNKNOWN
@@ -155,18 +172,21 @@ def _governor(governors: object) -> str:
     return ", ".join(f"{name} on {CpuSet.of(cpus)}" for name, cpus in sorted(by_name.items()))
 
 
+@_readable
 def _frequency(frequency: Mapping[str, Any]) -> str:
     ends = [frequency.get(name) for name in ("min", "max")]
     if all(end is None for end in ends):
         return UNKNOWN
-    return " to ".join("?" if end is None else f"{end / 1e6:.2f}" for end in ends) + " GHz"
+    return " to ".join("?" if end is None else f"{end / 1e6:.2f}" if finite(end) else UNKNOWN for end in ends) + " GHz"
 
 
+@_readable
 def _clock(clock: Mapping[str, Any]) -> str:
-    others = [name for name in clock.get("available") or () if name != clock.get("current")]
+    others = [str(name) for name in clock.get("available") or () if name != clock.get("current")]
     return _text(clock.get("current")) + (f" (also there: {', '.join(others)})" if others else "")
 
 
+@_readable
 def _memory(memory: Mapping[str, Any]) -> str:
     if memory.get("total_bytes") is None:
         return UNKNOWN
@@ -175,6 +195,7 @@ def _memory(memory: Mapping[str, Any]) -> str:
     return size(memory["total_bytes"]) + (f" ({each})" if len(nodes) > 1 else "")
 
 
+@_readable
 def _mitigations(mitigations: object) -> str:
     if not isinstance(mitigations, dict) or not mitigations:
         return UNKNOWN
@@ -186,5 +207,6 @@ def _mitigations(mitigations: object) -> str:
     )
 
 
+@_readable
 def _versions(versions: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {version or 'not there'}" for name, version in versions.items()) or UNKNOWN

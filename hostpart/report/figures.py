@@ -11,8 +11,9 @@ import math
 import re
 from statistics import median
 
+from ..experiment.intake import finite, take
 from . import quantity
-from .finding import Group, cost, metric_words, primary, ratio_of, ratio_words
+from .finding import Group, cost, metric_words, primary, ratio_of, ratio_words, short
 from .markup import Html, element, inline_json, plain, table
 
 TYPE_CHECKING = False
@@ -48,7 +49,7 @@ _HEAT_END = math.log2(3)  # where the colours end
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 _PERCENTS = (50.0, 90.0, 99.0, 99.9, 99.99, 99.999, 99.9999, 99.99999)
 _POINTS = 800  # of a series that is drawn; one that is longer is drawn by the least and the most of each part
-_SHORT, _COLUMN = 20, 12  # characters of a name beside an axis, and above a column
+_SHORT, _COLUMN, _LEGEND = 20, 12, 32  # characters of a name beside an axis, above a column, and in a legend
 
 
 class Plot:
@@ -104,26 +105,30 @@ class Plot:
 
 
 class Styles:
-    """Which colour, dash and mark a placement has; the same on the whole page.
+    """Which colour, dash and mark a placement has; the same on the whole page, whatever the victim's kind of core.
 
     :param placements: in the plan's order
     """
 
     def __init__(self, placements: Sequence[str]) -> None:
-        self._places = {placement: place for place, placement in enumerate(dict.fromkeys(placements))}
+        self._places = {name: place for place, name in enumerate(dict.fromkeys(map(short, placements)))}
 
     def colour(self, placement: str) -> str:
         """Return the colour of *placement*."""
-        return COLOURS[self._places[placement] % len(COLOURS)] if placement in self._places else ALONE
+        place = self._places.get(short(placement))
+        return ALONE if place is None else COLOURS[place % len(COLOURS)]
 
     def line(self, placement: str) -> dict[str, Any]:
         """Return plotly's line."""
-        dash = _DASHES[(self._places[placement] + 1) % len(_DASHES)] if placement in self._places else "solid"
-        return {"color": self.colour(placement), "dash": dash, "width": 2 if placement in self._places else 3}
+        place = self._places.get(short(placement))
+        if place is None:
+            return {"color": ALONE, "dash": "solid", "width": 3}
+        return {"color": self.colour(placement), "dash": _DASHES[(place + 1) % len(_DASHES)], "width": 2}
 
     def symbol(self, placement: str) -> str:
         """Return plotly's mark."""
-        return _SYMBOLS[(self._places[placement] + 1) % len(_SYMBOLS)] if placement in self._places else _SYMBOLS[0]
+        place = self._places.get(short(placement))
+        return _SYMBOLS[0 if place is None else (place + 1) % len(_SYMBOLS)]
 
 
 def matrix(group: Group, name: str) -> Plot | None:
@@ -171,7 +176,8 @@ def matrix(group: Group, name: str) -> Plot | None:
         "ygap": 3,
     }
     axis = {"showgrid": False, "zeroline": False, "ticks": "", "ticklabelstandoff": 6}
-    left = 20 + 7 * max(len(_shortened(placement)) for placement in placements)
+    labels = [_broken(placement) for placement in placements]
+    left = 20 + 7 * max(len(line) for lines in labels for line in lines)
     layout = {
         "xaxis": {
             **axis,
@@ -181,16 +187,20 @@ def matrix(group: Group, name: str) -> Plot | None:
             "ticklabeloverflow": "allow",
             "range": [-0.5, len(aggressors) - 0.5],
         },
-        "yaxis": {**axis, **_names(placements), "range": [len(placements) - 0.5, -0.5]},
+        "yaxis": {
+            **axis,
+            **_names(["<br>".join(map(_safe, lines)) for lines in labels], safe=True),
+            "range": [len(placements) - 0.5, -0.5],
+        },
         "annotations": notes,
         "margin": {"l": left, "r": 6, "t": 44, "b": 6},
     }
     best, worst = _extremes(group)
     sentence = (
-        f"Heat map of {group.victim}'s {metric_words(group.metric)} beside each aggressor at each placement, as a "
+        f"Heat map of the {metric_words(group.metric)} of {group.name} beside each aggressor at each placement, as a "
         f"ratio to what it is alone, at isolation {group.isolation}. The worst is {worst}, the best {best}."
     )
-    words = f"{group.victim}, {group.isolation}: {metric_words(group.metric)} as a ratio to alone"
+    words = f"{group.name}, {group.isolation}: {metric_words(group.metric)} as a ratio to alone"
     values = table(["placement", *aggressors], rows, caption=words)
     return Plot(
         name,
@@ -369,20 +379,21 @@ def processes(group: Group, styles: Styles, name: str) -> tuple[str, Plot] | Non
     layout = {
         "xaxis": {"type": "log", "dtick": 1} if far else {},
         "yaxis": {
-            **_names([_two_lines(one) for one, _ in shown], safe=True),
+            **_names([_beside_axis(one) for one, _ in shown], safe=True),
             "range": [len(shown) - 0.5, -0.5],
             "zeroline": False,
             "showgrid": False,
         },
         "shapes": _alone_lines(shown, scale),
-        "margin": {"l": _left([_label(one) for one, _ in shown]), "r": 10, "t": 8, "b": 26},
+        "margin": {"l": _left([one for one, _ in shown]), "r": 10, "t": 8, "b": 26},
     }
     sentence = (
-        f"{words.capitalize()} of each process of {group.victim} at isolation {group.isolation}: a dot a process, "
+        f"{words.capitalize()} of each process of {group.name} at isolation {group.isolation}: a dot a process, "
         f"with the median and its interval, for {quantity.count(len(shown), 'condition')}; {better}."
     )
-    values = table(_VALUE_HEADERS, rows, caption=f"{group.victim}, {group.isolation}: {words}")
-    plot = Plot(name, sentence, _figure(traces, layout), values, height=38 + 42 * len(shown))
+    values = table(_VALUE_HEADERS, rows, caption=f"{group.name}, {group.isolation}: {words}")
+    high = 42 + _more([one for one, _ in shown])
+    plot = Plot(name, sentence, _figure(traces, layout), values, height=38 + high * len(shown))
     return f"{words}{_in(scale)}; {better}", plot
 
 
@@ -443,7 +454,7 @@ def _distribution(
             {
                 "type": "scatter",
                 "mode": "lines",
-                "name": _safe(_shortened(placement)),
+                "name": _safe(_legend(placement)),
                 "x": [x for x, _ in points],
                 "y": values,
                 "line": {**styles.line(placement), "shape": "hv"},
@@ -484,13 +495,13 @@ def _distribution(
             "xanchor": "left",
             "font": {"size": 11},
             # As wide as the longest name and no wider: two columns on a phone.
-            "entrywidth": 6 * max(len(_shortened(one["placement"])) for one, _ in shown),
+            "entrywidth": 6 * max(len(_legend(str(one["placement"]))) for one, _ in shown),
         },
         "margin": {"l": 62, "r": 14, "t": 10, "b": 46},  # the legend makes its own room
     }
     worst = max(shown, key=lambda one: one[1].get("p99") or 0)
     sentence = (
-        f"Distribution of {words}, {group.victim} at isolation {group.isolation}: a line for each of "
+        f"Distribution of {words}, {group.name} at isolation {group.isolation}: a line for each of "
         f"{quantity.count(len(shown), 'placement')}, by percentile up to the longest."
     )
     if worst[1].get("p99") is not None:
@@ -499,7 +510,7 @@ def _distribution(
         name,
         sentence,
         _figure(traces, layout),
-        table(["condition", "count", "p50", "p99", "p99.9", "longest"], rows, caption=f"{group.victim}: {words}"),
+        table(["condition", "count", "p50", "p99", "p99.9", "longest"], rows, caption=f"{group.name}: {words}"),
         height=400,
         most=760,
     )
@@ -604,7 +615,7 @@ def _strips(
                 "xanchor": "left",
                 "yanchor": "bottom",
                 "showarrow": False,
-                "text": _safe(placement),
+                "text": _safe(short(placement)),
                 "font": {"size": 12},
             }
         )
@@ -626,11 +637,11 @@ def _strips(
         told = (known[0], known[len(known) // 2], known[-1])
         rows.append([_label(one), str(len(known)), *(quantity.span(value, unit) for value in told)])
     sentence = (
-        f"Time series of {beside}, {group.victim} at isolation {group.isolation}: one typical process of each of "
+        f"Time series of {beside}, {group.name} at isolation {group.isolation}: one typical process of each of "
         f"{quantity.count(len(shown), 'condition')}, between {quantity.span(min(every), unit)} and "
         f"{quantity.span(max(every), unit)}."
     )
-    values = table(["condition", "slices", "least", "median", "most"], rows, caption=f"{group.victim}: {beside}")
+    values = table(["condition", "slices", "least", "median", "most"], rows, caption=f"{group.name}: {beside}")
     plot = Plot(name, sentence, _figure(traces, layout), values, height=70 + 84 * len(shown))
     return f"{beside}{_in(scale)}", plot
 
@@ -656,13 +667,12 @@ def drift(group: Group, runs: Sequence[Mapping[str, Any]], name: str) -> tuple[s
 
     :param runs: of the experiment, in order of the schedule
     """
-    metric, alone = group.metric, {one["id"] for one in group.alones}
+    metric, alone = group.metric, {str(one["id"]) for one in group.alones}
+    taken = [take(run)[0] for run in runs if str(run.get("condition")) in alone]
     found = [
-        (run, run["metrics"][metric])
-        for run in runs
-        if run["condition"] in alone
-        and not run["error"]
-        and (run["metrics"].get(metric) or {}).get("value") is not None
+        (run, told)
+        for run in taken
+        if not run["error"] and (told := run["metrics"].get(metric)) and finite(told.get("value"))
     ]
     if len(found) < 2:
         return None
@@ -678,7 +688,7 @@ def drift(group: Group, runs: Sequence[Mapping[str, Any]], name: str) -> tuple[s
         "marker": {"size": 6, "color": COLOURS[2], "opacity": 0.8},
         "hoverinfo": "text",
         "hovertext": [
-            f"run {run['run']}, {_safe(run['started'])}<br>{_span(value, unit)}"
+            f"run {run['run']}, {_safe(run.get('started'))}<br>{_span(value, unit)}"
             for (run, _), value in zip(found, values, strict=True)
         ],
     }
@@ -689,18 +699,18 @@ def drift(group: Group, runs: Sequence[Mapping[str, Any]], name: str) -> tuple[s
     }
     ends = (quantity.span(min(values), unit), quantity.span(max(values), unit))
     sentence = (
-        f"{words.capitalize()} of {group.victim} alone at isolation {group.isolation} in {len(found)} runs, in the "
+        f"{words.capitalize()} of {group.name} alone at isolation {group.isolation} in {len(found)} runs, in the "
         f"order in which they were made: between {ends[0]} and {ends[1]}."
     )
     # By the block: a line for each run would be the longest table of the page, and tell no more.
-    blocks: dict[int, list[float]] = {}
+    blocks: dict[str, list[float]] = {}
     for (run, _), value in zip(found, values, strict=True):
-        blocks.setdefault(int(run.get("block") or 0), []).append(value)
+        blocks.setdefault(str(run.get("block")), []).append(value)
     rows = [
-        [str(block), str(len(those)), *(quantity.span(one, unit) for one in (min(those), median(those), max(those)))]
+        [block, str(len(those)), *(quantity.span(one, unit) for one in (min(those), median(those), max(those)))]
         for block, those in blocks.items()
     ]
-    table_of = table(["block", "runs", "least", "median", "most"], rows, caption=f"{group.victim} alone: {words}")
+    table_of = table(["block", "runs", "least", "median", "most"], rows, caption=f"{group.name} alone: {words}")
     return f"{words}{_in(scale)}", Plot(name, sentence, _figure([trace], layout), table_of, height=230)
 
 
@@ -764,7 +774,7 @@ def compared(
             **({"type": "log", "dtick": "D2"} if far else {}),
         },
         "yaxis": {
-            **_names([_two_lines(one) for one, _ in rows], safe=True),
+            **_names([_beside_axis(one) for one, _ in rows], safe=True),
             "range": [len(rows) - 0.5, -0.5],
             "zeroline": False,
             "showgrid": False,
@@ -772,13 +782,14 @@ def compared(
         "shapes": [{"type": "line", "x0": 1, "x1": 1, "y0": 0, "y1": 1, "yref": "paper", "line": line}],
         "showlegend": True,
         "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "xanchor": "left"},
-        "margin": {"l": _left([_label(one) for one, _ in rows]), "r": 10, "t": 34, "b": 46},
+        "margin": {"l": _left([one for one, _ in rows]), "r": 10, "t": 34, "b": 46},
     }
     sentence = (
         f"{title}: the ratio to alone with its interval for {quantity.count(len(rows), 'condition')}, in each of "
         f"{', '.join(letters)}."
     )
-    return Plot(name, sentence, _figure(traces, layout), None, height=90 + 46 * len(rows))
+    high = 46 + _more([one for one, _ in rows])
+    return Plot(name, sentence, _figure(traces, layout), None, height=90 + high * len(rows))
 
 
 def _both(ratio: Mapping[str, Any]) -> str:
@@ -814,11 +825,31 @@ def _label(one: Mapping[str, Any]) -> str:
     return "alone" if one.get("aggressor") is None else f"{one['aggressor']}, {one['placement']}"
 
 
-def _two_lines(one: Mapping[str, Any]) -> str:
+# What stands beside an axis: the placement in one line or two, and the aggressor. The heading names the victim's kind.
+def _lines_of(one: Mapping[str, Any]) -> list[str]:
     if one.get("aggressor") is None:
-        return "alone"
-    placement, aggressor = (_safe(_shortened(one[name])) for name in ("placement", "aggressor"))
-    return f"{placement}<br><span style='font-size:11px'>{aggressor}</span>"
+        return ["alone"]
+    return [*_broken(str(one["placement"])), _shortened(one["aggressor"])]
+
+
+def _beside_axis(one: Mapping[str, Any]) -> str:
+    first, *rest = map(_safe, _lines_of(one))
+    return first + "".join(f"<br><span style='font-size:11px'>{line}</span>" for line in rest)
+
+
+# How much higher a row must be, where a name beside the axis has a third line.
+def _more(those: Sequence[Mapping[str, Any]]) -> int:
+    return 14 if any(len(_lines_of(one)) > 2 for one in those) else 0
+
+
+# Cut at its end, other-package-at-32/performance would be one with other-package-at-32/efficiency.
+def _broken(placement: str) -> list[str]:
+    name = short(placement)
+    return [_shortened(part) for part in (name.split("/", 1) if len(name) > _SHORT else [name])]
+
+
+def _legend(placement: str) -> str:
+    return _shortened(short(placement), _LEGEND)
 
 
 # Above a column there is room for two lines of some letters.
@@ -829,14 +860,13 @@ def _lines(name: str) -> str:
     return f"{_safe(name[:_COLUMN])}<br>{_safe(rest if len(rest) <= _COLUMN else rest[: _COLUMN - 1] + '…')}"
 
 
-def _left(labels: Sequence[str]) -> int:
-    widest = max((len(_shortened(part)) for label in labels for part in label.split(", ")), default=0)
-    return 14 + 7 * widest
+def _left(those: Sequence[Mapping[str, Any]]) -> int:
+    return 14 + 7 * max((len(line) for one in those for line in _lines_of(one)), default=0)
 
 
-def _shortened(text: object) -> str:
+def _shortened(text: object, most: int = _SHORT) -> str:
     words = str(text)
-    return words if len(words) <= _SHORT else f"{words[: _SHORT - 1]}…"
+    return words if len(words) <= most else f"{words[: most - 1]}…"
 
 
 # Plotly reads some of HTML in its texts: what comes from data must not be any of it.

@@ -21,12 +21,14 @@ __all__ = [
     "cost",
     "groups",
     "headline",
+    "kind",
     "meaning",
     "metric_words",
     "primary",
     "ratio_of",
     "ratio_words",
     "sentences",
+    "short",
     "where",
 ]
 
@@ -44,17 +46,23 @@ _WHERE = {
 
 
 class Group:
-    """What is compared with the same alone runs: one victim at one isolation level.
+    """What is compared with the same alone runs: one victim on one pCPU at one isolation level.
 
+    :ivar place: ``performance pCPU 2``, where the victim ran on several pCPUs; else empty
     :ivar alone: the condition without an aggressor, where there is one
     :ivar conditions: those with one, in the plan's order
     """
 
-    def __init__(self, victim: str, isolation: str, number: int) -> None:
-        self.victim, self.isolation, self.number = victim, isolation, number
+    def __init__(self, victim: str, isolation: str, number: int, place: str = "") -> None:
+        self.victim, self.isolation, self.number, self.place = victim, isolation, number, place
         self.alone: Mapping[str, Any] | None = None
         self.alones: list[Mapping[str, Any]] = []
         self.conditions: list[Mapping[str, Any]] = []
+
+    @property
+    def name(self) -> str:
+        """The victim, and where it ran if that differs."""
+        return f"{self.victim} on {self.place}" if self.place else self.victim
 
     @property
     def every(self) -> list[Mapping[str, Any]]:
@@ -84,17 +92,24 @@ class Group:
 
 
 def groups(analysis: Mapping[str, Any]) -> list[Group]:
-    """Return the analysis's conditions by victim and isolation level: a victim's levels one after the other."""
-    found: dict[tuple[str, str], Group] = {}
+    """Return the analysis's conditions by victim, isolation level and victim's pCPU.
+
+    A victim's levels come one after the other. On a hybrid host it ran on a pCPU of each kind, and alone on each.
+    """
+    pcpus: dict[str, set[str]] = {}
     for one in analysis["conditions"]:
-        key = (str(one["victim"]), str(one["isolation"]))
-        group = found.setdefault(key, Group(*key, len(found)))
+        pcpus.setdefault(str(one["victim"]), set()).add(str(one.get("victim_pcpu")))
+    found: dict[tuple[str, str, str], Group] = {}
+    for one in analysis["conditions"]:
+        victim, isolation, pcpu = key = (str(one["victim"]), str(one["isolation"]), str(one.get("victim_pcpu")))
+        place = f"{kind(str(one['placement']))} pCPU {pcpu}".strip() if len(pcpus[victim]) > 1 else ""
+        group = found.setdefault(key, Group(victim, isolation, len(found), place))
         if one.get("aggressor") is None:
             group.alones.append(one)
             group.alone = group.alone or one
         else:
             group.conditions.append(one)
-    victims = list(dict.fromkeys(victim for victim, _ in found))
+    victims = list(dict.fromkeys(victim for victim, _, _ in found))
     return sorted(found.values(), key=lambda group: victims.index(group.victim))
 
 
@@ -135,6 +150,26 @@ def metric_words(name: str | None) -> str:
     return re.sub(r"(p[0-9]+)_([0-9]+)", r"\1.\2", name or "").replace("_", " ")
 
 
+def kind(placement: str) -> str:
+    """Return the victim's kind of core in a placement's name, which begins with it on a hybrid host; else nothing."""
+    return _parted(placement)[0]
+
+
+def short(placement: str) -> str:
+    """Return a placement's name without the victim's kind of core: ``same-llc/efficiency``, ``other-package-at-32``."""
+    return _parted(placement)[1]
+
+
+def _parted(placement: str) -> tuple[str, str]:
+    first, slash, rest = placement.partition("/")
+    return (first, rest) if slash and _degree(rest) in (*_WHERE, "alone") else ("", placement)
+
+
+# The degree that a name without the victim's kind begins with; a distance and the other's kind may follow.
+def _degree(name: str) -> str:
+    return name.partition("/")[0].partition("-at-")[0]
+
+
 def where(placement: str) -> str:
     """Return where the aggressor of *placement* is, as the end of a sentence that began with the victim."""
     return _worded(placement, 0)
@@ -142,16 +177,16 @@ def where(placement: str) -> str:
 
 def meaning(placement: str) -> str:
     """Return what *placement* means, on its own."""
-    return "no aggressor" if placement == "alone" else _worded(placement, 1)
+    return "no aggressor" if short(placement) == "alone" else _worded(placement, 1)
 
 
 def _worded(placement: str, form: int) -> str:
-    # A name may have kinds of core and a distance in it: performance/same-llc/efficiency, other-package-at-32.
-    degree = next((one for one in _WHERE if f"/{one}/" in f"/{placement.replace('-at-', '/')}/"), None)
-    if degree is None:
+    name = short(placement)
+    degree = _degree(name)
+    if degree not in _WHERE:
         return f"at {placement}"
     words = _WHERE[degree][form]
-    return words if placement == degree else f"{words} ({placement})"
+    return words if name == degree else f"{words} ({name})"
 
 
 def headline(analysis: Mapping[str, Any], design: Mapping[str, Any]) -> Html:
@@ -183,7 +218,7 @@ def _weight(one: Mapping[str, Any]) -> tuple[int, float]:
 
 def _sentence(group: Group, design: Mapping[str, Any], *, several: bool) -> Html:
     victim = element("b", group.victim)
-    level = f" ({group.isolation})" if several else ""
+    level = f"{group.name[len(group.victim) :]}{f' ({group.isolation})' if several else ''}"
     compared = [one for one in group.conditions if cost(primary(one)) is not None]
     if not compared:
         return join([victim, f"{level} cannot be compared with itself alone: a run of one or of the other is missing."])

@@ -6,7 +6,7 @@ box: its pCPUs are where the next box outside is.
 
 from __future__ import annotations
 
-from ..cpuset import CpuSet
+from ..cpuset import MAX_CPUS, CpuSet
 from ..errors import UsageError
 from ..topology import Pcpu, Topology
 from . import facts, quantity
@@ -84,11 +84,17 @@ def _rows(host: Topology, drawing: _Drawing) -> list[list[str]]:
     return [
         [
             str(CpuSet.of(one.cpu for one in those)),
-            str(CpuSet.of(one.core for one in those if one.core is not None)) or "–",
+            _numbers({one.core for one in those if one.core is not None}) or "–",
             *("–" if value is None else str(value) for value in shared),
         ]
         for (_, *shared), those in alike.items()
     ]
+
+
+# A core's number may be any: as a set, large ones would be as many bits.
+def _numbers(cores: set[int]) -> str:
+    small = CpuSet.of(core for core in cores if core < MAX_CPUS)
+    return ",".join([*([str(small)] if small else []), *(str(core) for core in sorted(cores) if core >= MAX_CPUS)])
 
 
 def seats(conditions: Sequence[Mapping[str, Any]]) -> Html:
@@ -248,7 +254,8 @@ def _boxes(host: Topology, caches: Sequence[Mapping[str, Any]]) -> list[_Box]:
 
 
 def _cache(cpus: CpuSet, number: int, caches: Sequence[Mapping[str, Any]]) -> str:
-    same = [one for one in caches if _set(one.get("cpus")) & cpus == cpus and isinstance(one.get("level"), int)]
+    told = [one for one in caches if isinstance(one, dict) and isinstance(one.get("level"), int)]
+    same = [one for one in told if _set(one.get("cpus")) & cpus == cpus]
     if not same:
         return f"cache {number}"
     last = max(same, key=lambda one: int(one["level"]))

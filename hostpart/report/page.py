@@ -96,7 +96,8 @@ class _Page:
         self.results, self.analysis = results, analysis
         self.design: Mapping[str, Any] = results.experiment.get("design") or {}
         self.session = results.sessions[0] if results.sessions else None
-        self.facts: Mapping[str, Any] = (self.session or {}).get("facts") or {}
+        given = (self.session or {}).get("facts")
+        self.facts: Mapping[str, Any] = given if isinstance(given, dict) else {}
         self.groups = finding.groups(analysis)
         placements = [str(one["placement"]) for one in analysis["conditions"] if one.get("aggressor") is not None]
         self.styles = figures.Styles(placements)
@@ -159,7 +160,7 @@ class _Page:
 
     def named(self, group: finding.Group) -> str:
         levels = {one.isolation for one in self.groups}
-        return f"{group.victim}, {group.isolation}" if len(levels) > 1 else group.victim
+        return f"{group.name}, {group.isolation}" if len(levels) > 1 else group.name
 
     def findings(self) -> Section:
         lead = element("p", finding.headline(self.analysis, self.design), class_="lead")
@@ -249,7 +250,7 @@ class _Page:
         headers = [
             "condition", "metric", "median [interval]", "n", "ratio to alone [interval]", "p (Holm)", "intervals apart",
         ]  # fmt: skip
-        label = f"{group.victim}, {group.isolation}: every metric"
+        label = f"{group.name}, {group.isolation}: every metric"
         return element("details", element("summary", "Every metric as a table"), table(headers, rows, caption=label))
 
     def distributions(self) -> Section:
@@ -326,9 +327,10 @@ class _Page:
         return Section("evidence", "Did the partition hold?", "Evidence", element("p", lead), note, shown, every)
 
     def drift(self) -> Section:
+        names = {str(alone["id"]): group.name for group in self.groups for alone in group.alones}
         rows = [
             [
-                f"{one['victim']}, {one['isolation']}",
+                f"{names.get(str(one.get('condition')), one['victim'])}, {one['isolation']}",
                 finding.metric_words(one.get("metric")),
                 str(one.get("n")),
                 "–" if one.get("change_percent") is None else quantity.percent(one["change_percent"]),
@@ -373,12 +375,12 @@ class _Page:
         failed = [
             [
                 str(run["run"]),
-                _id_words(self.analysis, str(run["condition"])),
-                str(run["error"].get("problem")),
-                str(run["error"].get("remedy") or "–"),
+                _id_words(self.analysis, str(run.get("condition"))),
+                str(error.get("problem") if isinstance(error, dict) else error),
+                str((isinstance(error, dict) and error.get("remedy")) or "–"),
             ]
             for run in self.results.runs
-            if run.get("error")
+            if (error := run.get("error"))
         ]
         if failed:
             body = table(["run", "condition", "what happened", "what to do"], failed, caption="Runs that failed")
@@ -410,7 +412,9 @@ class _Page:
 
     def method(self) -> Section:
         method = self.analysis.get("method") or {}
-        commands = list(dict.fromkeys(_command(one) for one in self.results.sessions if one.get("command")))
+        commands = list(
+            dict.fromkeys(_command(one) for one in self.results.sessions if isinstance(one.get("command"), list))
+        )
         parts: list[Html | None] = []
         if commands:
             parts += [element("pre", command) for command in commands]

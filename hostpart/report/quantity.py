@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from ..experiment.intake import finite
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,6 +56,8 @@ def scale(values: Sequence[float], unit: str) -> Scale:
 
 def number(value: float, decimals: int | None = None) -> str:
     """Return *value* with *decimals*, by default with four digits that count."""
+    if not finite(value):
+        return "not known"  # JSON's numbers have no end: 1e999 is infinite
     if decimals is None:
         decimals = 0 if value == 0 else max(0, 3 - math.floor(math.log10(abs(value))))
         decimals = min(decimals, 9)
