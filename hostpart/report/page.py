@@ -130,10 +130,12 @@ class _Page:
     def first(self) -> Html:
         told = alarms(self.results, self.analysis)
         if not told:
-            runs = quantity.count(sum(_verdicts(self.analysis).values()), "run")
+            held = quantity.count(_verdicts(self.analysis)["held"], "run")
+            shared = sum(_verdicts(self.analysis).values()) - _verdicts(self.analysis)["held"]
+            planned = f" (in {shared} the aggressor shared the victim's pCPU, as planned)" if shared else ""
             text = (
-                f"Nothing speaks against these figures: the partition held in {runs}, the runs alone did not drift, "
-                "and no run is missing."
+                f"Nothing speaks against these figures: the partition held in {held}{planned}, the runs alone did not "
+                "drift, and no run is missing."
             )
             return element("p", text, class_="good")
         links = [
