@@ -161,9 +161,7 @@ def test_a_dry_run_lists_the_writes_and_makes_none(tmp_path: Path) -> None:
 
     started = _launched("full")
     during = fingerprint()
-    for pid in (_keeper("rt"), started.pid):
-        os.kill(pid, signal.SIGKILL)
-    started.wait()
+    _kill_both("rt", started)
     rehearsed = run("restore", "--dry-run", "--json")
     writes = json.loads(rehearsed.out)["writes"]
     assert "taskset -pc 0-7 1" in writes
