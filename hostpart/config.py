@@ -16,10 +16,11 @@ from .isolation import LEVELS
 from .toml_table import (
     Faults,
     Table,
+    names_in,
     one_of,
     read_argv,
-    read_file,
     read_flag,
+    read_named,
     read_number,
     read_text,
     read_toml,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DRIFT_ANSWERS",
-    "EXAMPLE_PREFIX",
     "GUEST_KINDS",
     "ISOLATION_LEVELS",
     "PCPU_KINDS",
@@ -58,7 +58,6 @@ RELEASES = ("worker", "hotplug")  # its worker ends; the CPU goes offline and on
 PCPU_KINDS = ("performance", "efficiency")  # of a hybrid machine, as the topology names them
 SCHED_POLICIES = ("other", "batch", "idle", "fifo", "rr")
 SERVICE_VM_NAME = "vm0"
-EXAMPLE_PREFIX = "example:"
 
 _EXAMPLES = os.path.join(os.path.dirname(__file__), "examples")
 _LOWER, _DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
@@ -192,7 +191,7 @@ def parse_sched(text: str) -> tuple[str, int]:
 
 def example_names() -> tuple[str, ...]:
     """Return the names of the scenarios that come with hostpart, sorted, without their prefix."""
-    return tuple(sorted(file[:-5] for file in os.listdir(_EXAMPLES) if file.endswith(".toml")))
+    return names_in(_EXAMPLES)
 
 
 def load_scenario(name: str) -> Scenario:
@@ -200,14 +199,7 @@ def load_scenario(name: str) -> Scenario:
 
     :raises ConfigError: where it cannot be read, or with all its faults
     """
-    path = name
-    if name.startswith(EXAMPLE_PREFIX):
-        path = name[len(EXAMPLE_PREFIX) :]
-        if path not in example_names():
-            raise ConfigError(name, [f"there is no such example; there are {', '.join(example_names())}"])
-        path = os.path.join(_EXAMPLES, f"{path}.toml")
-    hint = f"; the example of that name is '{EXAMPLE_PREFIX}{name}'" if name in example_names() else ""
-    return parse_scenario(read_file(path, name, hint), name)
+    return parse_scenario(read_named(name, _EXAMPLES, "example"), name)
 
 
 def parse_scenario(text: str | bytes, source: str) -> Scenario:

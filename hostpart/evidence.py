@@ -45,6 +45,7 @@ __all__ = [
     "document",
     "find_drifts",
     "look",
+    "utc",
     "verdict",
 ]
 
@@ -444,8 +445,8 @@ def document(
         "vm": vm,
         "isolation": dict(isolation),
         "sampling_period_s": period_s,
-        "started": _utc(started_s),
-        "ended": None if ended_s is None else _utc(ended_s),
+        "started": utc(started_s),
+        "ended": None if ended_s is None else utc(ended_s),
         "verdict": None if nothing else judged.word,
         "reasons": [] if nothing else list(judged.reasons),
         "notes": list(notes),
@@ -521,7 +522,7 @@ def _drift_of(
 
 def _drift_document(drift: Drift) -> dict[str, Any]:
     return {
-        "at": _utc(drift.at_s),
+        "at": utc(drift.at_s),
         "pid": drift.pid,
         "tid": drift.tid,
         "comm": drift.comm,
@@ -566,7 +567,7 @@ def _pcpu_document(one: Occupied) -> dict[str, Any]:
         else [{"source": line.source, "name": line.name, "count": line.counts[one.pcpu]} for line in lines[:_TOLD]],
         "interrupts_more": None if lines is None else max(0, len(lines) - _TOLD),
         "khz": None if rate is None else {"min": rate[0], "max": rate[1]},
-        "events": [{"at": _utc(event.at_s), "online": event.online} for event in one.events],
+        "events": [{"at": utc(event.at_s), "online": event.online} for event in one.events],
     }
 
 
@@ -604,5 +605,6 @@ def _rounded(value: float | None) -> float | None:
     return round(value, 6) if isinstance(value, float) else value
 
 
-def _utc(at_s: float) -> str:
+def utc(at_s: float) -> str:
+    """Return ``CLOCK_REALTIME`` *at_s* as the documents have it: ``2026-11-25T21:00:00.123Z``."""
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(at_s))}.{int(at_s % 1 * 1000):03d}Z"

@@ -20,7 +20,7 @@ from workers import crash
 from . import lease, procfs, recovery, tree
 from .cpuset import CpuSet
 from .errors import Failed, HostpartError
-from .keeper import adopt, fork_keeper
+from .keeper import fork_keeper
 from .ledger import Ledger
 
 TYPE_CHECKING = False
@@ -132,7 +132,7 @@ class Front:
         self._started = False
         self._affinity = os.sched_getaffinity(0)
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED)
-        adopt()
+        tree.adopt()
 
     def start(self, config: VmConfig, service: ServiceVm, options: Options) -> Running:
         """Fork the keeper of a user VM; it goes to work at once.

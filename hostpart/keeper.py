@@ -14,7 +14,6 @@ import signal
 import time
 
 from workers import crash
-from workers.vcpu import prctl
 
 from . import __version__, cgroup, control, evidence, recovery, tree
 from .auditor import Auditor
@@ -44,14 +43,13 @@ if TYPE_CHECKING:
     from .occupancy import Occupied
     from .topology import Topology
 
-__all__ = ["Options", "adopt", "fork_beside", "fork_keeper", "ignore_terminal"]
+__all__ = ["Options", "fork_beside", "fork_keeper", "ignore_terminal"]
 
 PERIOD_S = 0.25  # between two looks at the guest; the evidence states it
 _READY_WAIT_S = 30.0
 _STOP_GRACE_S = 5.0
 _DRAIN_S = 2.0  # for all workers' log records together, where nobody reads stderr
 _FOREIGN_TOLD = 100  # pids of foreign tasks on one pCPU: a host that forks all day must not fill the evidence
-_PR_SET_CHILD_SUBREAPER = 36
 # What a terminal or a shell sends to a job is for the front and the guests.
 _IGNORED = (
     signal.SIGINT,
@@ -82,11 +80,6 @@ class Options(Value):
 class _Cancelled(Exception):
     # The front is gone, or wants it stopped, before the guests run.
     pass
-
-
-def adopt() -> None:
-    """Become a subreaper: orphans below this process become its children."""
-    prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def ignore_terminal() -> tuple[int, int]:
@@ -212,7 +205,7 @@ class Keeper:
     def _settle(self) -> None:
         self._wake_r, self._wake_w = ignore_terminal()
         signal.signal(signal.SIGTERM, self._on_term)
-        adopt()
+        tree.adopt()
         crash.point("keeper.born")
 
     def _on_term(self, *_: object) -> None:

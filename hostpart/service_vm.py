@@ -15,11 +15,11 @@ import time
 from workers import vcpu as worker
 
 from . import hypercall as hc
-from . import procfs
+from . import procfs, tree
 from .cpuset import CpuSet
 from .errors import DoesNotFit, Failed, HostpartError, worded
 from .hypervisor import SERVICE_VMID, Hypervisor
-from .keeper import adopt, fork_beside, ignore_terminal
+from .keeper import fork_beside, ignore_terminal
 from .lease import Leases
 from .ledger import Ledger, VmRow, boot_id
 
@@ -80,7 +80,7 @@ class _Keeper:
         code = 1
         try:
             self._wake_r, self._wake_w = ignore_terminal()
-            adopt()
+            tree.adopt()
             self._status_r, self._status_w = os.pipe2(os.O_CLOEXEC)
             self._start_r, self._start_w = os.pipe2(os.O_CLOEXEC)
             self.ledger = Ledger()

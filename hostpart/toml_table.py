@@ -5,6 +5,8 @@ What a file's keys mean is :mod:`hostpart.config`'s to say, and :mod:`hostpart.e
 
 from __future__ import annotations
 
+import os
+
 from .errors import ConfigError
 
 TYPE_CHECKING = False
@@ -16,13 +18,15 @@ if TYPE_CHECKING:
     D = TypeVar("D")
 
 __all__ = [
+    "EXAMPLE_PREFIX",
     "MAX_BYTES",
     "Faults",
     "Table",
+    "names_in",
     "one_of",
     "read_argv",
-    "read_file",
     "read_flag",
+    "read_named",
     "read_number",
     "read_text",
     "read_toml",
@@ -30,23 +34,36 @@ __all__ = [
     "shown",
 ]
 
+EXAMPLE_PREFIX = "example:"
 MAX_BYTES = 1 << 20  # of one file
 
 _MAX_FAULTS = 100  # a file with more is none of ours, and a longer list helps nobody
 _LOWER, _DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
 
 
-def read_file(path: str, name: str, hint: str = "") -> bytes:
+def names_in(folder: str) -> tuple[str, ...]:
+    """Return the names of the examples in *folder*, sorted, without their prefix."""
+    return tuple(sorted(file[:-5] for file in os.listdir(folder) if file.endswith(".toml")))
+
+
+def read_named(name: str, examples: str, noun: str) -> bytes:
     """Return what a file holds, up to a byte more than :data:`MAX_BYTES`.
 
-    :param name: what it is called in messages
-    :param hint: what is added where there is no such file
+    :param name: its path, or ``example:NAME`` for one of those in the folder *examples*
+    :param noun: what those are called in messages
     :raises ConfigError: where it cannot be read
     """
+    path, known = name, names_in(examples)
+    if name.startswith(EXAMPLE_PREFIX):
+        path = name[len(EXAMPLE_PREFIX) :]
+        if path not in known:
+            raise ConfigError(name, [f"there is no such {noun}; there are {', '.join(known)}"])
+        path = os.path.join(examples, f"{path}.toml")
     try:
         with open(path, "rb") as file:
             return file.read(MAX_BYTES + 1)
     except FileNotFoundError:
+        hint = f"; the example of that name is '{EXAMPLE_PREFIX}{name}'" if name in known else ""
         raise ConfigError(name, [f"there is no such file{hint}"]) from None
     except OSError as error:
         raise ConfigError(name, [f"cannot be read: {error.strerror or error}"]) from None

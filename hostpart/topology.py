@@ -17,12 +17,20 @@ from .value import Value
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from typing import Any
+    from typing import Any, Protocol, TypeVar
 
     from .host import Host
     from .madt import Processor
 
-__all__ = ["Pcpu", "Topology", "read_topology"]
+    class Group(Protocol):
+        """A set of CPUs, and what is inside it."""
+
+        cpus: CpuSet
+        parts: list[Any]
+
+    G = TypeVar("G", bound=Group)
+
+__all__ = ["Pcpu", "Topology", "nested", "read_topology"]
 
 _CPU = "sys/devices/system/cpu"
 _NODE = "sys/devices/system/node"
@@ -144,6 +152,33 @@ class Topology(Value):
             return cls(*_read_json(document))
         except ValueError as error:
             raise UsageError(f"{name} is no topology: {error}", _ASK_AGAIN) from error
+
+
+def nested(groups: Iterable[G]) -> list[G]:
+    """Put groups of CPUs into each other, and return the outermost, all by lowest CPU.
+
+    One that only overlaps another (a node of a machine whose nodes cross its caches) is left out: boxes can't be drawn
+    across each other.
+
+    :param groups: each with ``cpus``, and ``parts``, a list that takes those inside it
+    """
+    outer: list[G] = []
+    for group in sorted(groups, key=lambda group: (-len(group.cpus), group.cpus.lowest)):
+        level = outer
+        while True:
+            around = next((other for other in level if other.cpus & group.cpus), None)
+            if around is None:
+                level.append(group)
+                break
+            if not group.cpus <= around.cpus:
+                break
+            level = around.parts
+    levels = [outer]
+    while levels:
+        level = levels.pop()
+        level.sort(key=lambda group: group.cpus.lowest)
+        levels += [group.parts for group in level]
+    return outer
 
 
 def read_topology(host: Host, *, madt: bool = False) -> Topology:

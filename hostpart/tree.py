@@ -8,7 +8,7 @@ bounded in time and says what it did not achieve. Where a cgroup can be had, :mo
 does both without these limits.
 
 A signal goes through a pidfd, after the start time has been compared: a number that is in use again
-is never hit. Setting up the subreaper, and deciding when to do any of this, is left to the caller.
+is never hit. Deciding when to do any of this is left to the caller.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from __future__ import annotations
 import os
 import signal
 import time
+
+from workers.vcpu import prctl
 
 from . import procfs
 from .value import Value
@@ -30,6 +32,7 @@ __all__ = [
     "Ended",
     "Frozen",
     "Member",
+    "adopt",
     "below",
     "descendants",
     "end",
@@ -40,6 +43,7 @@ __all__ = [
     "thaw",
 ]
 
+_PR_SET_CHILD_SUBREAPER = 36
 _WALL = 0x40000000  # __WALL of <linux/wait.h>: children of any kind of clone(2)
 _SETTLE_S = 0.1  # how long a look that can't get any better is repeated
 _COURTESY_S = 0.1  # how long a freeze waits, in all, for parents to stop before it goes on to their children
@@ -94,6 +98,11 @@ class Ended(Value):
 
     killed: int
     survivors: tuple[Member, ...] = ()
+
+
+def adopt() -> None:
+    """Become a subreaper: orphans below this process become its children."""
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def descendants(root: int, skip: Collection[int] = ()) -> list[Member]:

@@ -192,15 +192,19 @@ def test_noise_loses_no_more_time_than_there_was_and_counts_each_gap_once(engine
     assert gaps["min"] is None or gaps["min"] > 2000
 
 
-@pytest.mark.parametrize("engine", BOTH)
-def test_noise_sees_that_its_process_was_stopped(engine: str) -> None:
-    process = start("noise", {"engine": engine, "seconds": "2", "slice_ms": "100"})
-    # It takes a while to start, the longer the busier the machine: stop it again and again.
+def stop_again_and_again(process: subprocess.Popen[str]) -> None:
+    """Stop it for 0.4 s at a time until it has ended: it takes a while to start, the longer the busier the machine."""
     while process.poll() is None:
         time.sleep(0.7)
         process.send_signal(signal.SIGSTOP)
         time.sleep(0.4)
         process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize("engine", BOTH)
+def test_noise_sees_that_its_process_was_stopped(engine: str) -> None:
+    process = start("noise", {"engine": engine, "seconds": "2", "slice_ms": "100"})
+    stop_again_and_again(process)
     out, err = process.communicate()
     assert (process.returncode, err) == (0, "")
     found = checked(out)
@@ -266,11 +270,7 @@ def sleeps(pid: int) -> bool:
 
 def test_a_wakeup_sees_that_its_process_was_stopped() -> None:
     process = start("wakeup", {"engine": "python", "seconds": "2"})
-    while process.poll() is None:
-        time.sleep(0.7)
-        process.send_signal(signal.SIGSTOP)
-        time.sleep(0.4)
-        process.send_signal(signal.SIGCONT)
+    stop_again_and_again(process)
     out, _ = process.communicate()
     found = checked(out)
     assert value(found, "latency_max") >= 390_000_000

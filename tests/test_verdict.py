@@ -15,10 +15,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from hostpart import evidence
 from tests.conftest import Place, wait_until
+from tests.evidence_file import SCHEMA, about, document
 
-SCHEMA: dict[str, Any] = json.loads(Path(evidence.__file__).with_name("evidence.schema.json").read_text())
 # On the machine that runs the tests others run everywhere. What they take is not what these tests are about.
 ANY_LOAD = ("--foreign-limit", "100")
 
@@ -26,18 +25,6 @@ ANY_LOAD = ("--foreign-limit", "100")
 def python(code: str) -> list[str]:
     """Return a command that runs *code*."""
     return [sys.executable, "-c", code]
-
-
-def document(path: Path) -> dict[str, Any]:
-    """Return the evidence in a file, which agrees with its schema."""
-    found: dict[str, Any] = json.loads(path.read_text())
-    jsonschema.Draft202012Validator(SCHEMA).validate(found)
-    return found
-
-
-def about(doc: dict[str, Any], *words: str) -> list[str]:
-    """Return the reasons in which all *words* are."""
-    return [reason for reason in doc["reasons"] if all(word in reason for word in words)]
 
 
 SPIN = "import os, time\nos.sched_setaffinity(0, {{{}}})\nprint(flush=True)\nwhile True: pass"

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 
-from ..config import EXAMPLE_PREFIX, SCHED_POLICIES, example_names
+from ..config import SCHED_POLICIES, example_names
+from ..toml_table import EXAMPLE_PREFIX
 from ..value import Value
 
 TYPE_CHECKING = False

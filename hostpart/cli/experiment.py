@@ -27,7 +27,6 @@ from ..isolation import LEVELS, Wish
 from ..launcher import supply_now
 from ..lease import Leases, Survey
 from ..service_vm import keep_wish
-from ..topology import read_topology
 from . import options
 from .plan import topology_of
 from .run import check_wish, refuse_nested
@@ -89,12 +88,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json and args.no_report and not args.plan:
         raise UsageError("--json prints the analysis, which --no-report leaves out", "leave one of them out")
     design = _design(args)
-    host = Host()
     if not args.plan:
         recovery.tidy()
     topology = topology_of(args.host)
     kept = Hypervisor.keep_of(topology, keep_wish(ServiceVm(), CpuSet()), Survey(CpuSet(), CpuSet()))
-    places = placements(topology, kept, design.placements, design.victim_pcpu, {} if args.host else distances(host))
+    places = placements(topology, kept, design.placements, design.victim_pcpu, {} if args.host else distances(Host()))
     _tell_lacking(design, places)
     plan = schedule.plan(design, places, kept)
     document = {
@@ -112,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         need()
     journal = results.Journal(args.out or f"{design.name}-results", document)
     try:
-        return _run(args, design, plan, kept, journal, host)
+        return _run(args, design, plan, topology, kept, journal)
     finally:
         journal.close()
 
@@ -240,7 +238,7 @@ def _show_plan(
 
 
 def _run(
-    args: argparse.Namespace, design: Design, plan: Plan, kept: CpuSet, journal: results.Journal, host: Host
+    args: argparse.Namespace, design: Design, plan: Plan, topology: Topology, kept: CpuSet, journal: results.Journal
 ) -> int:
     before = results.read(journal.directory)
     done = before.done & {one.number for one in plan.runs}
@@ -256,8 +254,8 @@ def _run(
             )
         else:
             with _alone():
-                _check_host(design, plan, read_topology(host), kept)
-                stopped, failure = _make(design, plan, kept, journal, host, before, done)
+                _check_host(design, plan, topology, kept)
+                stopped, failure = _make(design, plan, kept, journal, before, done)
         code = _show(args, journal.directory)
     except KeyboardInterrupt as interrupt:
         stopped = stopped or _number(interrupt)
@@ -281,12 +279,11 @@ def _make(
     plan: Plan,
     kept: CpuSet,
     journal: results.Journal,
-    host: Host,
     before: results.Results,
     done: frozenset[int],
 ) -> tuple[int, HostpartError | None]:
     # Make the runs; return the signal that stopped them, or 0, and the error that did.
-    session = len(before.sessions)
+    session, host = len(before.sessions), Host()
     journal.begin(
         {
             "schema": 1,

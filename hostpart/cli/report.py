@@ -88,17 +88,9 @@ def write(path: str, text: str) -> None:
 
     :raises Failed: where it can't be written
     """
-    new = f"{path}.new"
+    from ..experiment.results import replace
+
     try:
-        with open(new, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-        os.replace(new, path)
-    except BaseException as error:
-        # Half a page is of use to nobody: also after ^C.
-        try:
-            os.unlink(new)
-        except OSError:
-            pass
-        if not isinstance(error, OSError):
-            raise
+        replace(path, text)
+    except OSError as error:
         raise Failed(f"{path} cannot be written: {error.strerror}", "make room, or name another -o FILE") from None

@@ -231,8 +231,9 @@ def _probe_of(name: str) -> Probe:
             f"there is no probe {name!r}" if name else "--probe wants a name",
             f"hostpart run --probe NAME, one of {', '.join(PROBES)}",
         )
-    probe: Probe = __import__(f"workers.probes.{name}", fromlist=["PROBE"]).PROBE
-    return probe
+    from workers.probes import find
+
+    return find(name)
 
 
 def check_wish(wish: Wish) -> None:

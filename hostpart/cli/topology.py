@@ -12,12 +12,12 @@ import sys
 
 from ..cpuset import CpuSet
 from ..host import Host
-from ..topology import read_topology
+from ..topology import nested, read_topology
 from . import columns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from ..topology import Topology
 
@@ -111,7 +111,7 @@ class _Drawing:
     def lines(self, width: int) -> list[str]:
         topology = self.topology
         lines = [*_wrap(self.summary(), width)]
-        groups = _nested(_groups(topology, brief=not self.labelled))
+        groups = nested(_groups(topology, brief=not self.labelled))
         lines += self.inside(topology.online, groups, width)
         offline = topology.numbers - topology.online
         if offline:
@@ -230,27 +230,6 @@ def _groups(topology: Topology, *, brief: bool) -> list[_Group]:
             else:
                 groups[cpus] = _Group(cpus, f"{noun} {number}")
     return list(groups.values())
-
-
-# The outermost groups, each with those inside it; one that only overlaps another is left out.
-def _nested(groups: Iterable[_Group]) -> list[_Group]:
-    outer: list[_Group] = []
-    for group in sorted(groups, key=lambda group: (-len(group.cpus), group.cpus.lowest)):
-        level = outer
-        while True:
-            around = [other for other in level if other.cpus & group.cpus]
-            if not around:
-                level.append(group)
-                break
-            if not group.cpus <= around[0].cpus:
-                break
-            level = around[0].parts
-    levels = [outer]
-    while levels:
-        level = levels.pop()
-        level.sort(key=lambda group: group.cpus.lowest)
-        levels += [group.parts for group in level]
-    return outer
 
 
 # Blocks side by side, in as many rows as *width* asks for.

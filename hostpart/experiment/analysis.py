@@ -10,7 +10,6 @@ warned of instead.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -18,11 +17,11 @@ from collections import Counter, defaultdict
 
 from hdrh.histogram import HdrHistogram
 
-from ..cpuset import CpuSet
 from ..errors import Failed
 from ..value import Value
 from . import starts, statistics
 from .intake import VERDICTS, finite, take
+from .results import against, overlaps, replace
 from .statistics import ALPHA, CONFIDENCE, FEWEST, RESAMPLES
 
 TYPE_CHECKING = False
@@ -80,16 +79,8 @@ def keep(analysis: Mapping[str, Any], directory: str) -> str:
     """
     path = os.path.join(directory, ANALYSIS)
     try:
-        with open(path + ".new", "w", encoding="utf-8") as file:
-            json.dump(analysis, file, indent=1, allow_nan=False)
-            file.write("\n")
-        os.replace(path + ".new", path)
-    except BaseException as error:
-        # Half a file is of use to nobody, and on a full disk it takes the room that is left: also after ^C.
-        with contextlib.suppress(OSError):
-            os.unlink(path + ".new")
-        if not isinstance(error, OSError):
-            raise
+        replace(path, json.dumps(analysis, indent=1, allow_nan=False) + "\n")
+    except OSError as error:
         raise Failed(
             f"the analysis cannot be written to {directory}: {error.strerror}", "make room or mend what it says"
         ) from None
@@ -258,7 +249,7 @@ class _Analysis:
         reasons = Counter(reason for run in done for reason in run["reasons"])
         return {
             **about,
-            "overlaps": _overlaps(about),
+            "overlaps": overlaps(about),
             "planned": self.planned[name],
             "done": len(done),
             "failed": len(self.runs[name]) - len(done),
@@ -368,9 +359,7 @@ class _Analysis:
 
     def _say_what_held(self, shown: Sequence[Mapping[str, Any]]) -> None:
         for one in shown:
-            # Where the aggressor is on the victim's pCPU by design, it is what taints.
-            weighed = VERDICTS[2:] if one["overlaps"] else VERDICTS[1:]
-            bad = [f"{one['verdicts'][verdict]} {verdict}" for verdict in weighed if one["verdicts"][verdict]]
+            bad = [f"{one['verdicts'][verdict]} {verdict}" for verdict in against(one) if one["verdicts"][verdict]]
             if bad:
                 why = f": {one['reasons'][0][0]}" if one["reasons"] else ""
                 self.warnings.append(f"{one['id']}: of {_runs(one['done'])}, {' and '.join(bad)}{why}")
@@ -425,11 +414,6 @@ def _direction(one: _Comparison) -> str:
     values, base = statistics.median(one.values), statistics.median(one.base)
     more = values > base if values != base and values is not None and base is not None else one.above > 0.5
     return "better" if more is (one.better == "higher") else "worse"
-
-
-def _overlaps(condition: Mapping[str, Any]) -> bool:
-    # Whether the aggressor may run where the victim does.
-    return condition["victim_pcpu"] in CpuSet.parse(condition["aggressor_pcpus"] or "")
 
 
 def _series(done: Sequence[Mapping[str, Any]], primary: _Metric | None) -> dict[str, Any]:

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import os
 
+from workers.probes import find, parameter
+from workers.probes.command import PARSERS, UNITS
+from workers.probes.refusal import Refused
+
 from ..errors import ConfigError
 from ..isolation import LEVELS
 from ..toml_table import (
+    EXAMPLE_PREFIX,
     Faults,
     Table,
+    names_in,
     one_of,
     read_argv,
-    read_file,
     read_flag,
+    read_named,
     read_number,
     read_text,
     read_toml,
@@ -30,21 +36,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
-    from workers.probes.measurement import Probe
-
-__all__ = ["DEGREES", "EXAMPLE_PREFIX", "OWN_SCOPE", "Aggressor", "Design", "Victim", "example_names", "load", "parse"]
+__all__ = ["DEGREES", "OWN_SCOPE", "Aggressor", "Design", "Victim", "example_names", "load", "parse"]
 
 # How much a victim and an aggressor share, from everything to nothing but the machine.
 DEGREES = ("free", "same-pcpu", "sibling", "same-llc", "same-node", "other-node", "other-package", "elsewhere")
 OWN_SCOPE = "experiment"  # isolation moves the experiment's own processes only
-EXAMPLE_PREFIX = "example:"
 BETTER = ("lower", "higher")
 
 _EXAMPLES = os.path.join(os.path.dirname(__file__), "examples")
 _VICTIMS = ("integer", "latency", "memory", "noise", "syscalls", "wakeup")
 _AGGRESSORS = (*_VICTIMS, "spin", "thrash")
-_PARSERS = ("cyclictest", "oslat", "stress-ng", "rtla-osnoise", "rtla-timerlat")
-_UNITS = ("ns", "ps", "us", "s", "1", "1/s", "B", "B/s", "%")
 _NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._-")
 
 
@@ -136,7 +137,7 @@ class Design(Value):
 
 def example_names() -> tuple[str, ...]:
     """Return the names of the experiments that come with hostpart, sorted, without their prefix."""
-    return tuple(sorted(file[:-5] for file in os.listdir(_EXAMPLES) if file.endswith(".toml")))
+    return names_in(_EXAMPLES)
 
 
 def load(name: str) -> Design:
@@ -144,14 +145,8 @@ def load(name: str) -> Design:
 
     :raises ConfigError: where it cannot be read, or with all its faults
     """
-    path, hint = name, f"; the example of that name is '{EXAMPLE_PREFIX}{name}'" if name in example_names() else ""
-    if name.startswith(EXAMPLE_PREFIX):
-        path = name[len(EXAMPLE_PREFIX) :]
-        if path not in example_names():
-            raise DesignError(name, [f"there is no such experiment; there are {', '.join(example_names())}"])
-        path = os.path.join(_EXAMPLES, f"{path}.toml")
     try:
-        return parse(read_file(path, name, hint), name)
+        return parse(read_named(name, _EXAMPLES, "experiment"), name)
     except DesignError:
         raise
     except ConfigError as error:
@@ -236,8 +231,8 @@ def _tables(top: Table, key: str) -> list[Table]:
 def _read_victim(table: Table) -> Victim:
     probe, command, options = _read_program(table, _VICTIMS)
     metric = table.read("metric", read_text, Victim.metric)
-    unit, better = table.read("unit", one_of(_UNITS), ""), table.read("better", one_of(BETTER), Victim.better)
-    tool = table.read("tool", one_of(_PARSERS), Victim.tool)
+    unit, better = table.read("unit", one_of(UNITS), ""), table.read("better", one_of(BETTER), Victim.better)
+    tool = table.read("tool", one_of(tuple(PARSERS)), Victim.tool)
     for key, value in (("unit", unit), ("tool", tool)):
         if value and not command:
             table.fault(key, "is for a command; a probe says it itself")
@@ -284,10 +279,6 @@ def _option(value: object) -> str:
 
 
 def _check_options(table: Table, probe: str, options: list[tuple[str, str]]) -> None:
-    from workers.probes import parameter
-    from workers.probes.refusal import Refused
-
-    kind: Probe = __import__(f"workers.probes.{probe}", fromlist=["PROBE"]).PROBE
     for key, text in options:
         if key in ("json", "seconds", "warmup"):
             table.fault(
@@ -295,21 +286,17 @@ def _check_options(table: Table, probe: str, options: list[tuple[str, str]]) -> 
             )
             continue
         try:
-            parameter.from_options(probe, kind.parameters, [f"--{key.replace('_', '-')}={text}"])
+            parameter.from_options(probe, find(probe).parameters, [f"--{key.replace('_', '-')}={text}"])
         except Refused as refusal:
             table.fault(key, refusal.problem)
 
 
 def _check_command(table: Table, metric: str, tool: str) -> None:
     # By the probe that will run it.
-    from workers.probes import parameter
-    from workers.probes.command import PROBE
-    from workers.probes.refusal import Refused
-
     for key, option, text in (("metric", "--metric", metric), ("tool", "--parse", tool)):
         if text:
             try:
-                parameter.from_options("command", PROBE.parameters, [f"{option}={text}"])
+                parameter.from_options("command", find("command").parameters, [f"{option}={text}"])
             except Refused as refusal:
                 table.fault(key, refusal.problem.removeprefix(f"{option}: "))
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["VERDICTS", "finite", "take"]
 
-VERDICTS = ("held", "tainted", "broken")
+VERDICTS = ("held", "tainted", "broken")  # of a run, from the best to the worst
 _LARGEST = 1 << 62  # that a histogram counts, and counts to: what HdrHistogram holds
 
 

@@ -9,14 +9,15 @@ import os
 import signal
 import sys
 
+from workers.probes import find, measurement
 from workers.vcpu import prctl
 
 from .. import tree
 from ..cpuset import CpuSet
 
-__all__ = ["argv", "main", "subreaper"]
+__all__ = ["argv", "main"]
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_PR_SET_PDEATHSIG = 1
 
 
 def argv(pcpus: CpuSet, kind: str, *words: str) -> list[str]:
@@ -29,11 +30,6 @@ def argv(pcpus: CpuSet, kind: str, *words: str) -> list[str]:
     return [sys.executable, "-P", "-m", __name__, str(os.getpid()), str(pcpus), kind, *words]
 
 
-def subreaper() -> None:
-    """Become the parent of what is orphaned below this process."""
-    prctl(_PR_SET_CHILD_SUBREAPER, 1)
-
-
 def main() -> int:
     """Be one."""
     parent, pcpus, kind, *words = sys.argv[1:]
@@ -43,9 +39,9 @@ def main() -> int:
     os.sched_setaffinity(0, CpuSet.parse(pcpus))
     if kind == "hostpart":
         os.execv(sys.executable, [sys.executable, "-P", "-m", "hostpart", *words])
-    subreaper()
+    tree.adopt()
     try:
-        return int(__import__(f"workers.probes.{words[0]}", fromlist=["main"]).main())
+        return measurement.run(find(words[0]))
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         tree.end(os.getpid())

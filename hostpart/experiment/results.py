@@ -21,14 +21,16 @@ import os
 from ..cpuset import CpuSet
 from ..errors import Failed, UsageError
 from ..value import Value
+from .intake import VERDICTS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-__all__ = ["Journal", "Results", "overlaps", "read"]
+__all__ = ["Journal", "Results", "against", "overlaps", "read", "replace"]
 
+_NAME_ONE = "name a directory that 'hostpart experiment' wrote"
 _NONE = type(None)
 _EXPERIMENT: dict[str, type | tuple[type, ...]] = {"schema": int, "name": str, "design": dict, "plan": dict}
 _PLAN: dict[str, type | tuple[type, ...]] = {"conditions": list, "runs": list}
@@ -78,24 +80,67 @@ def read(directory: str) -> Results:
 
     :raises UsageError: where it is no experiment's
     """
+    experiment = _experiment(directory)
+    try:
+        sessions, cut = _lines(os.path.join(directory, SESSIONS), _SESSION)
+        runs, more = _lines(os.path.join(directory, RUNS), _RUN)
+    except OSError as error:
+        raise _unreadable(directory, error) from None
+    latest = {run["run"]: run for run in runs}
+    return Results(
+        directory, experiment, tuple(sessions), tuple(latest[number] for number in sorted(latest)), cut + more
+    )
+
+
+def _experiment(directory: str) -> dict[str, Any]:
     path = os.path.join(directory, EXPERIMENT)
     try:
         with open(path, encoding="utf-8") as file:
             experiment = json.load(file)
         if not _is(experiment, _EXPERIMENT) or experiment["schema"] != 1 or not _is(experiment["plan"], _PLAN):
             raise ValueError("it is not an experiment of a version that this hostpart reads")
-        sessions, cut = _lines(os.path.join(directory, SESSIONS), _SESSION)
-        runs, more = _lines(os.path.join(directory, RUNS), _RUN)
     except OSError as error:
-        raise UsageError(
-            f"{directory}: {error.strerror}: {error.filename}", "name a directory that 'hostpart experiment' wrote"
-        ) from None
+        raise _unreadable(directory, error) from None
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: {error}", "name a directory that 'hostpart experiment' wrote") from None
-    latest = {run["run"]: run for run in runs}
-    return Results(
-        directory, experiment, tuple(sessions), tuple(latest[number] for number in sorted(latest)), cut + more
-    )
+        raise UsageError(f"{path}: {error}", _NAME_ONE) from None
+    return dict(experiment)
+
+
+def _unreadable(directory: str, error: OSError) -> UsageError:
+    return UsageError(f"{directory}: {error.strerror}: {error.filename}", _NAME_ONE)
+
+
+def replace(path: str, text: str) -> None:
+    """Write a file whole or not at all, and on the disk.
+
+    Half a file is of use to nobody, and on a full disk it takes the room that is left: nothing of it stays, whatever
+    stops it.
+
+    :raises OSError: where it can't be written
+    """
+    new = f"{path}.new"
+    try:
+        with open(new, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except BaseException:
+        try:
+            os.unlink(new)
+        except OSError:
+            pass
+        raise
+
+
+def against(condition: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the verdicts that speak against a condition's figures.
+
+    Where the aggressor is on the victim's pCPU by design, it is what taints.
+
+    :param condition: as an analysis has it
+    """
+    return VERDICTS[2:] if condition.get("overlaps") else VERDICTS[1:]
 
 
 def overlaps(run: Mapping[str, Any]) -> bool:
@@ -170,14 +215,14 @@ class Journal:
                 "name another --out DIR, or one that is not there",
             )
         else:
-            _replace(path, experiment)
+            replace(path, json.dumps(experiment, indent=1) + "\n")
         self._runs = _Lines(os.path.join(self.directory, RUNS))
         self._fds.append(self._runs.fd)
         self._sessions = _Lines(os.path.join(self.directory, SESSIONS))
         self._fds.append(self._sessions.fd)
 
     def _same(self, experiment: Mapping[str, Any]) -> None:
-        there = read(self.directory).experiment
+        there = _experiment(self.directory)
         # Where the file lay, and how long it was thought to take, make no other experiment of it.
         for part, ignored in (("design", "source"), ("plan", "seconds")):
             had, wanted = there[part], experiment[part]
@@ -240,21 +285,6 @@ class _Lines:
         except OSError:
             os.ftruncate(self.fd, size)
             raise
-
-
-def _replace(path: str, document: Mapping[str, Any]) -> None:
-    # Whole or not at all.
-    fd = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    try:
-        with open(fd, "w", encoding="utf-8") as file:
-            json.dump(document, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + ".new", path)
-    except OSError:
-        os.unlink(path + ".new")
-        raise
 
 
 def _unwritable(directory: str, error: OSError) -> Failed:

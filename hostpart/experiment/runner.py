@@ -8,7 +8,6 @@ put back what they changed.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -21,6 +20,7 @@ from workers.probes.parameter import PREFIX
 from .. import procfs, recovery, tree
 from ..cpuset import CpuSet
 from ..errors import Failed
+from ..evidence import utc
 from . import load
 from .design import OWN_SCOPE
 
@@ -82,7 +82,7 @@ class Runner:
 
         :raises Failed: where the journal can't be written, or no victim is left
         """
-        load.subreaper()
+        tree.adopt()
         os.sched_setaffinity(0, self._kept)
         stop = signal.getsignal(signal.SIGTSTP)
         if stop == signal.SIG_DFL:
@@ -135,7 +135,7 @@ class Runner:
             "session": self.session,
             "condition": condition.id,
             **{name: value for name, value in condition.to_json().items() if name != "id"},
-            "started": _utc(begun),
+            "started": utc(begun),
             "seconds": None,
             "metrics": {},
             "primary": None,
@@ -160,8 +160,9 @@ class Runner:
                 seen = [(one.alive(), one.allowed()) for one in beside]
                 self._end(beside)
             found = zip(beside, seen, strict=True)
-            document["aggressors"] = [one.to_json(living, cpus) for one, (living, cpus) in found]
-            document["error"] = document["error"] or self._wrong(condition, beside, seen)
+            told = [one.to_json(living, cpus) for one, (living, cpus) in found]
+            document["aggressors"] = told
+            document["error"] = document["error"] or self._wrong(condition, beside, told)
         except _NotBegun as error:
             document["error"] = {"problem": error.args[0], "remedy": error.args[1]}
         except OSError as error:
@@ -226,22 +227,21 @@ class Runner:
             if left > _LOOK_S:
                 self.hear(run, None)
 
-    def _wrong(
-        self, condition: Condition, beside: list[_Process], seen: list[tuple[bool, CpuSet | None]]
-    ) -> dict[str, str] | None:
-        for one, (living, cpus) in zip(beside, seen, strict=True):
-            if not living:
+    def _wrong(self, condition: Condition, beside: list[_Process], told: list[dict[str, Any]]) -> dict[str, str] | None:
+        for one, what in zip(beside, told, strict=True):
+            if not what["alive"]:
                 return {
                     "problem": f"{one.name} ended before the victim (exit status {one.status}){one.last_words()}",
                     "remedy": "let it run until it is ended by SIGTERM",
                 }
             # Above that level it may have been moved, which is what is measured.
-            if condition.isolation == "affinity" and cpus is not None and not cpus <= one.pcpus:
+            allowed = what["allowed"]
+            if condition.isolation == "affinity" and allowed and not CpuSet.parse(allowed) <= one.pcpus:
                 return {
-                    "problem": f"{one.name} was to run on pCPU {one.pcpus} and may run on {cpus}",
+                    "problem": f"{one.name} was to run on pCPU {one.pcpus} and may run on {allowed}",
                     "remedy": "let it leave its affinity alone",
                 }
-            if one.record() is None:
+            if what["did"] is None:
                 return {
                     "problem": f"{one.name} gave no record of what it did{one.last_words()}",
                     "remedy": "run it alone, and see what it says",
@@ -430,7 +430,3 @@ def _take_evidence(path: str, document: dict[str, Any]) -> None:
         return  # it was ended before there was any
     document["evidence"] = evidence
     document["verdict"], document["reasons"] = evidence.get("verdict"), evidence.get("reasons", [])
-
-
-def _utc(at_s: float) -> str:
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(at_s))}.{math.floor(at_s % 1 * 1000):03d}Z"

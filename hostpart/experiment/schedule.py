@@ -8,6 +8,8 @@ order. So what drifts over the time of an experiment meets all conditions alike,
 
 from __future__ import annotations
 
+from workers.probes import find
+
 from ..cpuset import CpuSet
 from ..value import Value
 
@@ -134,8 +136,7 @@ def _compiles(probe: str, options: Mapping[str, str]) -> bool:
 
     if not probe or options.get("engine") == "python":
         return False
-    kind = __import__(f"workers.probes.{probe}", fromlist=["PROBE"]).PROBE
-    return "numba" in kind.engines and find_spec("numba") is not None
+    return "numba" in find(probe).engines and find_spec("numba") is not None
 
 
 def _pairs(design: Design, places: Sequence[Placement], victim: int) -> list[tuple[Aggressor | None, Placement]]:

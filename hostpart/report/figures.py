@@ -12,6 +12,7 @@ import re
 from statistics import median
 
 from ..experiment.intake import finite, take
+from ..experiment.results import against
 from . import quantity
 from .finding import Group, cost, metric_words, primary, ratio_of, ratio_words, short
 from .markup import Html, element, inline_json, plain, table
@@ -254,8 +255,7 @@ def _difference(ratio: Mapping[str, Any]) -> str:
 
 def _unheld(one: Mapping[str, Any]) -> int:
     verdicts = one.get("verdicts") or {}
-    weighed = ("broken",) if one.get("overlaps") else ("tainted", "broken")
-    return sum(int(verdicts.get(name) or 0) for name in weighed)
+    return sum(int(verdicts.get(name) or 0) for name in against(one))
 
 
 def _verdict_words(one: Mapping[str, Any]) -> str:

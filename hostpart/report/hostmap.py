@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..cpuset import MAX_CPUS, CpuSet
 from ..errors import UsageError
-from ..topology import Pcpu, Topology
+from ..topology import Pcpu, Topology, nested
 from . import facts, quantity
 from .finding import meaning
 from .markup import Html, element, join, table
@@ -54,7 +54,7 @@ def draw(topology: object, caches: object, conditions: Sequence[Mapping[str, Any
         host = Topology.from_json(topology)
     except UsageError:
         return join([element("p", "How the host is built is not known: no topology was kept.", class_="missing")])
-    levels = _nested(_boxes(host, caches if isinstance(caches, list) else []))
+    levels = nested(_boxes(host, caches if isinstance(caches, list) else []))
     drawing = _Drawing(host, seated)
     offline = host.numbers - host.online
     picture = element(
@@ -261,27 +261,3 @@ def _cache(cpus: CpuSet, number: int, caches: Sequence[Mapping[str, Any]]) -> st
     last = max(same, key=lambda one: int(one["level"]))
     known = f" {facts.size(last['size_bytes'])}" if last.get("size_bytes") else ""
     return f"L{last['level']}{known}"
-
-
-# The outermost boxes, each with those inside it. A box that only overlaps another (a node of a machine whose nodes
-# cross its caches) is left out: boxes can't be drawn across each other.
-def _nested(boxes: Iterable[_Box]) -> list[_Box]:
-    outer: list[_Box] = []
-    for box in sorted(boxes, key=lambda box: (-len(box.cpus), box.cpus.lowest)):
-        level = outer
-        while True:
-            around = next((other for other in level if other.cpus & box.cpus), None)
-            if around is None:
-                level.append(box)
-                break
-            if not box.cpus <= around.cpus:
-                break
-            level = around.parts
-    _sort(outer)
-    return outer
-
-
-def _sort(boxes: list[_Box]) -> None:
-    boxes.sort(key=lambda box: box.cpus.lowest)
-    for box in boxes:
-        _sort(box.parts)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 
+from ..experiment.intake import VERDICTS
+from ..experiment.results import against
 from . import facts, figures, finding, hostmap, quantity
 from .document import Section, page
 from .markup import Html, element, join, table
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["alarms", "facts_table", "report", "scale", "told_first"]
 
 _REASONS = 3  # that are told of a condition: each run words its own
-_VERDICTS = ("held", "tainted", "broken", "none")
+_VERDICTS = (*VERDICTS, "none")
 _FOLDED = 5  # warnings
 
 
@@ -86,7 +88,7 @@ def _verdicts(analysis: Mapping[str, Any], *, weighed: bool = False) -> dict[str
     found = dict.fromkeys(_VERDICTS, 0)
     for one in analysis["conditions"]:
         for name, many in (one.get("verdicts") or {}).items():
-            if not (weighed and name == "tainted" and one.get("overlaps")):
+            if not weighed or name != "tainted" or name in against(one):
                 found[name] = found.get(name, 0) + int(many or 0)
     return found
 

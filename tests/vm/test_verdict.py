@@ -18,9 +18,9 @@ from typing import Any, NoReturn
 import jsonschema
 import pytest
 
-from hostpart import evidence
 from hostpart.cpuset import CpuSet
 from hostpart.host import Host
+from tests.evidence_file import SCHEMA, about, document
 from tests.vm.command import Started, run, start, wait_until
 
 pytestmark = pytest.mark.vm()
@@ -29,7 +29,6 @@ CPU = "/sys/devices/system/cpu"
 PCPU = 4
 # A kernel thread that an emulated CPU runs for a moment has run for as long as that one was itself kept waiting.
 EMULATED = ("--foreign-limit", "12")
-SCHEMA: dict[str, Any] = json.loads(Path(evidence.__file__).with_name("evidence.schema.json").read_text())
 
 
 @pytest.fixture
@@ -74,18 +73,6 @@ def ran(evidence_file: Path, level: str, seconds: float, *more: str) -> dict[str
     )  # fmt: skip
     assert done.code == 0, done.err
     return document(evidence_file)
-
-
-def document(path: Path) -> dict[str, Any]:
-    """Return the evidence in a file, which agrees with its schema."""
-    found: dict[str, Any] = json.loads(path.read_text())
-    jsonschema.Draft202012Validator(SCHEMA).validate(found)
-    return found
-
-
-def about(doc: dict[str, Any], *words: str) -> list[str]:
-    """Return the reasons in which all *words* are."""
-    return [reason for reason in doc["reasons"] if all(word in reason for word in words)]
 
 
 def but_late(doc: dict[str, Any]) -> list[str]:
