@@ -67,6 +67,11 @@ _STEPS = (
     ALTER TABLE vm ADD COLUMN mems TEXT NOT NULL DEFAULT '';
     ALTER TABLE vm ADD COLUMN cycle INTEGER NOT NULL DEFAULT 0;
     """,
+    """
+    ALTER TABLE vm ADD COLUMN threaded INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE vm ADD COLUMN sockets TEXT NOT NULL DEFAULT '';
+    ALTER TABLE vcpu ADD COLUMN tid INTEGER NOT NULL DEFAULT 0;
+    """,
 )
 _BUSY_MS = 5000
 # Kinds of keys whose settings are tasks; as ranges, which the table's index finds without a look at each row.
@@ -125,6 +130,8 @@ class VmRow(Value):
     :ivar scope: whose tasks are moved for that
     :ivar mems: NUMA nodes that its memory is bound to, in list form; empty: not bound
     :ivar cycle: whether its pCPUs are taken offline and online once before it starts
+    :ivar threaded: whether some of its vCPUs are threads of a process whose other threads stay with the host
+    :ivar sockets: paths of the sockets that its machines listen at, a line each
     """
 
     id: int
@@ -147,6 +154,8 @@ class VmRow(Value):
     scope: str = ""
     mems: str = ""
     cycle: int = 0
+    threaded: int = 0
+    sockets: str = ""
 
 
 class Holding(Value):
@@ -161,6 +170,7 @@ class Holding(Value):
     idle: CpuSet
     mems: CpuSet
     cycle: bool
+    threaded: bool = False
 
     @property
     def released(self) -> CpuSet:
@@ -181,7 +191,10 @@ class Known(Value):
 
 
 class VcpuRow(Value):
-    """One vCPU as the ledger has it; *pid* and *start* are 0 until its worker is forked."""
+    """One vCPU as the ledger has it; *pid* and *start* are 0 until its worker is forked.
+
+    :ivar tid: the thread that it is, where it is one of its process's threads; 0: the process is the vCPU
+    """
 
     vm: int
     vcpu: int
@@ -190,6 +203,7 @@ class VcpuRow(Value):
     pid: int
     start: int
     state: str
+    tid: int = 0
 
 
 def boot_id() -> str:
@@ -334,7 +348,7 @@ class Ledger:
         """
         with self._worded():
             try:
-                self._db.execute("INSERT INTO vcpu VALUES (?, ?, ?, ?, ?, ?, ?)", row._key())
+                self._db.execute("INSERT INTO vcpu VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row._key())
             except sqlite3.IntegrityError:
                 raise LedgerUnusable(
                     self.path,
@@ -345,6 +359,10 @@ class Ledger:
     def set_pid(self, vm: int, vcpu: int, pid: int, start: int) -> None:
         """Say which process a vCPU is, by pid and start time."""
         self._run("UPDATE vcpu SET pid = ?, start = ? WHERE vm = ? AND vcpu = ?", pid, start, vm, vcpu)
+
+    def set_thread(self, vm: int, vcpu: int, tid: int) -> None:
+        """Say which thread of its process a vCPU is."""
+        self._run("UPDATE vcpu SET tid = ? WHERE vm = ? AND vcpu = ?", tid, vm, vcpu)
 
     def set_vcpu_state(self, vm: int, vcpu: int, state: str) -> None:
         """Say which state one vCPU is in."""
@@ -376,7 +394,7 @@ class Ledger:
         """Return a VM's vCPUs in order."""
         with self._worded():
             rows = self._db.execute(
-                "SELECT vm, vcpu, pcpu, service, pid, start, state FROM vcpu WHERE vm = ? ORDER BY vcpu", (vm,)
+                "SELECT vm, vcpu, pcpu, service, pid, start, state, tid FROM vcpu WHERE vm = ? ORDER BY vcpu", (vm,)
             )
             return [VcpuRow(*row) for row in rows]
 
@@ -396,7 +414,7 @@ class Ledger:
     def holdings(self) -> list[Holding]:
         """Return what user VMs of this boot hold above level ``affinity``, oldest first, dead keepers' included."""
         sql = (
-            "SELECT token, keeper_pid, front_pid, level, scope, pcpus, idle, mems, cycle FROM vm"
+            "SELECT token, keeper_pid, front_pid, level, scope, pcpus, idle, mems, cycle, threaded FROM vm"
             " WHERE service = 0 AND level != 'affinity' AND boot_id = ? ORDER BY id"
         )
         with self._worded():
@@ -411,8 +429,20 @@ class Ledger:
                     CpuSet.parse(idle),
                     CpuSet.parse(mems),
                     bool(cycle),
+                    bool(threaded),
                 )
-                for token, keeper, front, level, scope, pcpus, idle, mems, cycle in self._db.execute(sql, (boot_id(),))
+                for (
+                    token,
+                    keeper,
+                    front,
+                    level,
+                    scope,
+                    pcpus,
+                    idle,
+                    mems,
+                    cycle,
+                    threaded,
+                ) in self._db.execute(sql, (boot_id(),))
             ]
 
     def known(self, *, tasks: bool = True) -> dict[str, Known]:

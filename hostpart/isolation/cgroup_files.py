@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import time
 
 from ..cpuset import CpuSet
@@ -26,6 +27,7 @@ __all__ = [
     "below",
     "children",
     "cpus",
+    "kill",
     "make",
     "masks",
     "mounts",
@@ -200,6 +202,21 @@ def remove(host: Host, directory: str) -> None:
     """
     for one in (*reversed(below(host, directory)), directory):
         _do(lambda one=one: host.rmdir(one), f"the cgroup /{one} can't be removed")  # type: ignore[misc]
+
+
+def kill(host: Host, directory: str, name: str) -> bool:
+    """Send SIGKILL to all that the files *name* of the cgroup and those in it list: processes, or a process by any of
+    its threads.
+
+    :return: whether there was none
+    """
+    found = {int(word) for one in (directory, *below(host, directory)) for word in words(host, f"{one}/{name}")}
+    for number in found:
+        try:
+            host.signal(number, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    return not found
 
 
 def until(done: Callable[[], bool], patience_s: float) -> bool:

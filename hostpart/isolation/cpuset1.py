@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 
 from ..cpuset import CpuSet
 from ..errors import as_root
@@ -27,6 +26,7 @@ from .cgroup_files import (
     below,
     children,
     cpus,
+    kill,
     make,
     masks,
     mounts,
@@ -59,6 +59,7 @@ __all__ = [
     "remembered",
     "rewrites",
     "settle",
+    "threads",
     "watch_files",
     "wide",
 ]
@@ -81,10 +82,11 @@ def mounted(host: Host) -> bool:
     return _base(host) is not None
 
 
-def obstacle(host: Host, ledger: Ledger, wanted: CpuSet) -> Obstacle | None:
+def obstacle(host: Host, ledger: Ledger, wanted: CpuSet, *, threaded: bool = False) -> Obstacle | None:  # noqa: ARG001
     """Say what stands in the way of exclusive cpusets of *wanted*, if anything does. Nothing is changed.
 
     :param wanted: all pCPUs (Linux numbers) that VMs would hold, running ones included; empty: not known yet
+    :param threaded: as version 2's; here each thread has a cpuset of its own anyway
     """
     base = _base(host)
     if base is None:
@@ -159,7 +161,15 @@ def leaf(host: Host, token: str) -> str:
     return f"{base}/{_HOME}/{token}"
 
 
-def watch_files(host: Host, token: str) -> list[str]:  # noqa: ARG001 - as partition's
+def threads(host: Host, token: str) -> tuple[str, str]:
+    """Return nothing that the process of threads has to enter, and the file that takes each of the threads.
+
+    :raises FileNotFoundError: as :func:`leaf` does
+    """
+    return "", f"{leaf(host, token)}/tasks"
+
+
+def watch_files(host: Host, token: str, *, threaded: bool = False) -> list[str]:  # noqa: ARG001 - as partition's
     """Return no files: the kernel tells nobody when a version 1 cpuset changes."""
     return []
 
@@ -308,13 +318,7 @@ def _move(host: Host, source: str, target: str) -> None:
 
 def _end(host: Host, directory: str) -> None:
     def empty() -> bool:
-        pids = {pid for one in (directory, *below(host, directory)) for pid in words(host, f"{one}/cgroup.procs")}
-        for pid in pids:
-            try:
-                host.signal(int(pid), signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        return not pids
+        return kill(host, directory, "cgroup.procs")
 
     if not empty() and not host.rehearses and not until(empty, _KILL_S):
         raise Refused(

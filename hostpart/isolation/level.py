@@ -30,6 +30,7 @@ class Wish(Value):
     :ivar require: whether a lower level than *level* is an error
     :ivar mems: NUMA nodes that the guest's memory is bound to; empty: not bound
     :ivar cycle: whether the pCPUs are taken offline and online first at every level (``release = "hotplug"``)
+    :ivar threaded: whether some vCPUs are threads of a process whose other threads stay with the host
     """
 
     level: str = "affinity"
@@ -37,6 +38,7 @@ class Wish(Value):
     require: bool = False
     mems: CpuSet = CpuSet()
     cycle: bool = False
+    threaded: bool = False
 
 
 class Isolation(Value):

@@ -5,6 +5,10 @@ partition per VM, named by the VM's token. Idle siblings belong to the home alon
 guard, keeps the cpuset controller from being taken away above: the kernel refuses that while a cgroup hands it on
 (systemd tries whenever it reloads).
 
+A VM whose vCPUs are threads of a process that stays with the host has its cgroup in a second home beside the first,
+``hostpart-threads``. All of it is threaded, so threads can be in it whose process is in the cgroup that the second
+home is in. That one can have both kinds of cgroup in it, and processes of its own, at the tree's root only.
+
 The home is at the tree's root. Where this process can't write there, but is somewhere below a cgroup that an
 administrator has made a partition and handed over, the home is in that one.
 
@@ -31,6 +35,7 @@ from .cgroup_files import (
     below,
     children,
     cpus,
+    kill,
     make,
     masks,
     mounts,
@@ -62,14 +67,17 @@ __all__ = [
     "remembered",
     "rewrites",
     "settle",
+    "threads",
     "watch_files",
     "wide",
 ]
 
-UNIFIED = True  # a VM's cgroup is of version 2: it can be frozen and killed whole
+UNIFIED = True  # a VM's cgroup is of version 2: it can be frozen and killed whole, unless it is a threaded one
 
 _KEY = "partition:"  # and the directory that the home is in; baseline: whether the controller was handed on there
 _HOME = "hostpart"
+_THREADS = "hostpart-threads"
+_HOMES = (_HOME, _THREADS)
 _GUARD = "guard"
 _ON, _OFF = "cpuset", "-"
 _CPU = "sys/devices/system/cpu"
@@ -80,16 +88,18 @@ _LATE_S = 0.2  # the same, where it may as well be somebody else's that stays
 # -- looking -------------------------------------------------------------------------------------------
 
 
-def obstacle(host: Host, ledger: Ledger, wanted: CpuSet) -> Obstacle | None:
+def obstacle(host: Host, ledger: Ledger, wanted: CpuSet, *, threaded: bool = False) -> Obstacle | None:
     """Say what stands in the way of an isolated partition of *wanted*, if anything does. Nothing is changed.
 
     :param wanted: all pCPUs (Linux numbers) that VMs would hold, running ones included; empty: not known yet
+    :param threaded: whether vCPUs of one of them are threads of a process that stays with the host
     """
     base = _base(host)
     if isinstance(base, Obstacle):
         return base
     return (
         _no_controller(host, base)
+        or (_no_threads(host, base) if threaded else None)
         or _not_ours(host, ledger, base)
         or _boot_isolated(host, wanted)
         or _none_left(host, base, wanted)
@@ -104,10 +114,10 @@ def handed_over(host: Host) -> bool:
 
 
 def held(host: Host, ledger: Ledger) -> CpuSet:
-    """Return the pCPUs (Linux numbers) that the home keeps from other tasks at this moment."""
+    """Return the pCPUs (Linux numbers) that the homes keep from other tasks at this moment."""
     kept = CpuSet()
     for base in _bases(ledger.known(tasks=False)):
-        kept |= cpus(host, f"{base}/{_HOME}/cpuset.cpus") - _effective(host, base)
+        kept |= _claimed(host, base) - _effective(host, base)
     return kept
 
 
@@ -123,18 +133,28 @@ def leaf(host: Host, token: str) -> str:
 
     :raises FileNotFoundError: where this host has no place for one
     """
-    base = _base(host)
-    if isinstance(base, Obstacle):
-        raise FileNotFoundError(errno.ENOENT, base.problem)
-    return f"{base}/{_HOME}/{token}"
+    return f"{_place(host)}/{_HOME}/{token}"
 
 
-def watch_files(host: Host, token: str) -> list[str]:
+def threads(host: Host, token: str) -> tuple[str, str]:
+    """Return where the process of a VM's threads has to be, and where each of the threads has to be then.
+
+    Both are files, relative to the host's root: a ``cgroup.procs`` that takes the process, best before it makes
+    threads, since it takes all of them along; and a ``cgroup.threads`` that takes a thread by its number, or the
+    caller by ``0``. It is pinned afterwards: before, the kernel refuses. What a thread in there forks stays there.
+
+    :raises FileNotFoundError: as :func:`leaf` does
+    """
+    base = _place(host)
+    return f"{base}/cgroup.procs", f"{base}/{_THREADS}/{token}/cgroup.threads"
+
+
+def watch_files(host: Host, token: str, *, threaded: bool = False) -> list[str]:
     """Return the files, relative to the host's root, that ``poll`` gives ``POLLPRI`` of when a state changes.
 
     :raises FileNotFoundError: as :func:`leaf` does
     """
-    child = leaf(host, token)
+    child = os.path.dirname(threads(host, token)[1]) if threaded else leaf(host, token)
     return [f"{directory}/cpuset.cpus.partition" for directory in (child.rpartition("/")[0], child)]
 
 
@@ -143,7 +163,7 @@ def check(host: Host, holdings: Iterable[Holding], token: str = "") -> list[str]
 
     CPUs that are offline are left out: nothing runs there, and a VM all of whose pCPUs are offline is named.
 
-    :param token: of the one VM whose own cgroup is looked at, beside the home; all without it
+    :param token: of the one VM whose own cgroup is looked at, beside its home; all without it
     """
     wants = _wants(holdings)
     if not wants:
@@ -151,10 +171,13 @@ def check(host: Host, holdings: Iterable[Holding], token: str = "") -> list[str]
     base = _base(host)
     if isinstance(base, Obstacle):
         return [base.problem]
-    found = _home_faults(host, base, _union(wants.values()))
-    for name, one in wants.items():
-        if token in ("", name):
-            found += _child_faults(host, f"{base}/{_HOME}/{name}", one)
+    found: list[str] = []
+    for name, its in _by_home(wants).items():
+        if its and (token in its or token not in wants):
+            found += _home_faults(host, base, name, _union(its.values()))
+            for child, one in its.items():
+                if token in ("", child):
+                    found += _child_faults(host, f"{base}/{name}/{child}", one)
     return found
 
 
@@ -176,10 +199,13 @@ def wide(host: Host, holdings: Iterable[Holding]) -> tuple[str, ...]:
     base = _base(host)
     if isinstance(base, Obstacle):
         return ()
-    after = _union(_wants(holdings).values())
-    before = cpus(host, f"{base}/{_HOME}/cpuset.cpus")
+    taken = {CpuSet()}
+    for name, its in _by_home(_wants(holdings)).items():
+        before, after = cpus(host, f"{base}/{name}/cpuset.cpus"), _union(its.values())
+        steps = {CpuSet(), before, after, before | after, before & after}
+        taken = {one | step for one in taken for step in steps}
     all_cpus = {_online(host), cpus(host, f"{_CPU}/possible"), _effective(host, base)}
-    stages = {one - less for one in all_cpus for less in (CpuSet(), before, after, before | after)}
+    stages = {one - less for one in all_cpus for less in taken}
     sets = {cpus(host, f"{directory}/cpuset.cpus") for directory in below(host, base)} - {CpuSet()}
     masks = stages | {cpus & stage for cpus in sets for stage in stages}
     return tuple(sorted(str(mask) for mask in masks if mask))
@@ -197,7 +223,8 @@ def settle(host: Host, ledger: Ledger, holdings: Iterable[Holding]) -> list[str]
     :raises OSError: what the kernel is not known to answer here
     """
     wants, known = _wants(holdings), ledger.known(tasks=False)
-    pins = masks(host, [f"{one}/cgroup.threads" for base in _bases(known) for one in below(host, f"{base}/{_HOME}")])
+    homes = [f"{base}/{name}" for base in _bases(known) for name in _HOMES]
+    pins = masks(host, [f"{one}/cgroup.threads" for home in homes for one in below(host, home)])
     try:
         if wants:
             return _set_up(host, ledger, wants, known)
@@ -215,37 +242,61 @@ def _set_up(host: Host, ledger: Ledger, wants: dict[str, Holding], known: Mappin
     base = next(iter(_bases(known)), None) or _base(host)
     if isinstance(base, Obstacle):
         return [base.problem]
-    home, union = f"{base}/{_HOME}", _union(wants.values())
+    homes, union = _by_home(wants), _union(wants.values())
     if _KEY + base in known:
-        for name in children(host, home):
-            if name not in (*wants, _GUARD):
-                _end(host, f"{home}/{name}")
-    if not _home_faults(host, base, union) and not any(
-        _child_faults(host, f"{home}/{token}", one) for token, one in wants.items()
+        for name, its in homes.items():
+            for child in children(host, f"{base}/{name}"):
+                if child not in (*its, _GUARD):
+                    _end(host, f"{base}/{name}/{child}")
+    empty = [f"{base}/{name}" for name, its in homes.items() if not its and host.exists(f"{base}/{name}")]
+    if not empty and not any(
+        _home_faults(host, base, name, _union(its.values()))
+        or any(_child_faults(host, f"{base}/{name}/{token}", one) for token, one in its.items())
+        for name, its in homes.items()
+        if its
     ):
         return []
     # Before the first write: a sibling that overlaps would take the partition from VMs that run.
-    found = obstacle(host, ledger, union)
+    found = obstacle(host, ledger, union, threaded=bool(homes[_THREADS]))
     if found is not None:
         return [found.problem]
     _remember(host, ledger, base, union, known.get(_KEY + base))
     _hand_on(host, base)
+    # First what one home has and the other gets: they may not overlap.
+    for home in empty:
+        _end_home(host, home)
+    for name, its in homes.items():
+        has, own = cpus(host, f"{base}/{name}/cpuset.cpus"), _union(its.values())
+        if (has - own) & union:
+            if has & own:
+                write(host, f"{base}/{name}/cpuset.cpus", str(has & own))
+            elif set(children(host, f"{base}/{name}")) <= {_GUARD}:  # where there are more, guests may run in them
+                _end_home(host, f"{base}/{name}")
+    problems: list[str] = []
+    for name, its in homes.items():
+        if its:
+            problems += _set_up_home(host, base, name, its)
+    return problems
+
+
+def _set_up_home(host: Host, base: str, name: str, its: dict[str, Holding]) -> list[str]:
+    home, union = f"{base}/{name}", _union(its.values())
     for directory in (home, f"{home}/{_GUARD}"):
-        make(host, directory)
+        _make(host, directory, threaded=name == _THREADS)
     _hand_on(host, home)
     if cpus(host, f"{home}/cpuset.cpus") != union:
         write(host, f"{home}/cpuset.cpus", str(union))
-    if _state(host, home) != "isolated" if host.rehearses else _home_faults(host, base, union):
+    if _state(host, home) != "isolated" if host.rehearses else _home_faults(host, base, name, union):
         _isolate(host, home)
-    problems = [] if host.rehearses else _home_faults(host, base, union)
-    for token, one in wants.items():
+    problems = [] if host.rehearses else _home_faults(host, base, name, union)
+    for token, one in its.items():
         problems += _set_up_child(host, f"{home}/{token}", one)
     return problems
 
 
 def _set_up_child(host: Host, child: str, one: Holding) -> list[str]:
     try:
-        make(host, child)
+        _make(host, child, threaded=one.threaded)
         if cpus(host, f"{child}/cpuset.cpus") != one.pcpus:
             write(host, f"{child}/cpuset.cpus", str(one.pcpus))
         if one.mems and cpus(host, f"{child}/cpuset.mems") != one.mems:
@@ -256,6 +307,12 @@ def _set_up_child(host: Host, child: str, one: Holding) -> list[str]:
     except Refused as refused:
         return [str(refused)]
     return [] if host.rehearses else _child_faults(host, child, one)
+
+
+def _make(host: Host, directory: str, *, threaded: bool) -> None:
+    make(host, directory)
+    if threaded and not _threaded(host, directory):
+        write(host, f"{directory}/cgroup.type", "threaded")
 
 
 # Makes a partition of *directory*, also of one that says it is one and is not: for that it has to be none first.
@@ -271,14 +328,12 @@ def _isolate(host: Host, directory: str) -> None:
 
 
 def _take_down(host: Host, ledger: Ledger, base: str, known: Known) -> None:
-    home = f"{base}/{_HOME}"
     if not host.exists(base):  # handed over by an administrator, and removed since
         ledger.forget([_KEY + base])
         return
-    if host.exists(home):
-        for name in children(host, home):
-            _end(host, f"{home}/{name}")
-        _end(host, home)
+    for name in _HOMES:
+        if host.exists(f"{base}/{name}"):
+            _end_home(host, f"{base}/{name}")
     if known.baseline == _OFF and _handed_on(host, base):
         users = [name for name in children(host, base) if _uses(host, f"{base}/{name}")]
         if not users:
@@ -305,14 +360,31 @@ def _missing(host: Host, base: str, wanted: CpuSet) -> CpuSet:
     return missing
 
 
+def _end_home(host: Host, home: str) -> None:
+    for name in children(host, home):
+        _end(host, f"{home}/{name}")
+    _end(host, home)
+
+
 # Kills what is in *directory*, and removes it with the cgroups that a guest has made in it.
 def _end(host: Host, directory: str) -> None:
     if _populated(host, directory):
-        write(host, f"{directory}/cgroup.kill", "1")
-        if not host.rehearses and not until(lambda: not _populated(host, directory), _KILL_S):
+        threads = _threaded(host, directory)
+        file = "cgroup.threads" if threads else "cgroup.procs"
+
+        def empty() -> bool:
+            if threads:  # the kernel kills no threaded cgroup whole
+                kill(host, directory, file)
+            return not _populated(host, directory)
+
+        if threads:
+            kill(host, directory, file)
+        else:
+            write(host, f"{directory}/cgroup.kill", "1")
+        if not host.rehearses and not until(empty, _KILL_S):
             raise Refused(
                 f"processes in /{directory} were killed and do not end, so their pCPUs can't be given back yet;"
-                f" see 'ps -o pid,stat,wchan,comm $(cat /{directory}/cgroup.procs)', and run 'hostpart restore' later"
+                f" see 'ps -o pid,stat,wchan,comm $(cat /{directory}/{file})', and run 'hostpart restore' later"
             )
     if _state(host, directory) not in ("", "member"):
         write(host, f"{directory}/cpuset.cpus.partition", "member")
@@ -338,8 +410,8 @@ def _hand_on(host: Host, directory: str) -> None:
 # -- what is wrong -------------------------------------------------------------------------------------
 
 
-def _home_faults(host: Host, base: str, union: CpuSet) -> list[str]:
-    home = f"{base}/{_HOME}"
+def _home_faults(host: Host, base: str, name: str, union: CpuSet) -> list[str]:
+    home = f"{base}/{name}"
     if not host.exists(home):
         return [f"the cgroup /{home} is gone"]
     online = _online(host)
@@ -363,6 +435,8 @@ def _home_faults(host: Host, base: str, union: CpuSet) -> list[str]:
 def _child_faults(host: Host, child: str, one: Holding) -> list[str]:
     if not host.exists(child):
         return [f"the cgroup /{child} is gone"]
+    if one.threaded and not _threaded(host, child):
+        return [f"the cgroup /{child} takes no threads"]
     online = _online(host)
     there, state = cpus(host, f"{child}/cpuset.cpus"), _state(host, child)
     if not state:
@@ -398,10 +472,21 @@ def _no_controller(host: Host, base: str) -> Obstacle | None:
     )
 
 
-def _not_ours(host: Host, ledger: Ledger, base: str) -> Obstacle | None:
-    home = f"{base}/{_HOME}"
-    if not host.exists(home) or _KEY + base in ledger.known(tasks=False):
+def _no_threads(host: Host, base: str) -> Obstacle | None:
+    if not host.exists(f"{base}/cgroup.type"):
         return None
+    return Obstacle(
+        "vCPUs that are threads of a process which stays with the host can have a partition at the root of the cgroup"
+        f" tree only, and what was handed over is /{base}",
+        as_root() if os.geteuid() else "run it on the host and not inside a container",
+    )
+
+
+def _not_ours(host: Host, ledger: Ledger, base: str) -> Obstacle | None:
+    homes = [f"{base}/{name}" for name in _HOMES if host.exists(f"{base}/{name}")]
+    if not homes or _KEY + base in ledger.known(tasks=False):
+        return None
+    home = homes[0]
     return Obstacle(
         f"there is a cgroup /{home} that this ledger ({ledger.path}) knows nothing of",
         f"end what runs in it, and remove it: 'rmdir /{home}/*/ /{home}'",
@@ -422,7 +507,7 @@ def _boot_isolated(host: Host, wanted: CpuSet) -> Obstacle | None:
 
 
 def _none_left(host: Host, base: str, wanted: CpuSet) -> Obstacle | None:
-    there = _effective(host, base) | cpus(host, f"{base}/{_HOME}/cpuset.cpus")
+    there = _effective(host, base) | _claimed(host, base)
     left = there - wanted
     if not wanted or left - cpus(host, f"{_CPU}/nohz_full") - cpus(host, f"{_CPU}/isolated"):
         return None
@@ -440,7 +525,7 @@ def _none_left(host: Host, base: str, wanted: CpuSet) -> Obstacle | None:
 
 def _overlap(host: Host, base: str, wanted: CpuSet) -> Obstacle | None:
     for name in children(host, base):
-        if name == _HOME:
+        if name in _HOMES:
             continue
         sibling = f"{base}/{name}"
         has = cpus(host, f"{sibling}/cpuset.cpus")
@@ -460,7 +545,7 @@ def _overlap(host: Host, base: str, wanted: CpuSet) -> Obstacle | None:
             )
 
     def missing() -> CpuSet:
-        here = _effective(host, base) | cpus(host, f"{base}/{_HOME}/cpuset.cpus")
+        here = _effective(host, base) | _claimed(host, base)
         return (wanted & _online(host)) - here
 
     if not until(lambda: not missing(), _LATE_S):
@@ -474,6 +559,13 @@ def _overlap(host: Host, base: str, wanted: CpuSet) -> Obstacle | None:
 
 
 # -- where ---------------------------------------------------------------------------------------------
+
+
+def _place(host: Host) -> str:
+    base = _base(host)
+    if isinstance(base, Obstacle):
+        raise FileNotFoundError(errno.ENOENT, base.problem)
+    return base
 
 
 def _base(host: Host) -> str | Obstacle:
@@ -526,6 +618,11 @@ def _wants(holdings: Iterable[Holding]) -> dict[str, Holding]:
     return {one.token: one for one in holdings if at_least(one.level, "cpuset")}
 
 
+def _by_home(wants: dict[str, Holding]) -> dict[str, dict[str, Holding]]:
+    # What each home is to hold; of both of them, also where it is nothing.
+    return {name: {token: one for token, one in wants.items() if one.threaded == (name == _THREADS)} for name in _HOMES}
+
+
 def _union(holdings: Iterable[Holding]) -> CpuSet:
     union = CpuSet()
     for one in holdings:
@@ -540,12 +637,21 @@ def _effective(host: Host, directory: str) -> CpuSet:
     return cpus(host, f"{directory}/cpuset.cpus.effective")
 
 
+def _claimed(host: Host, base: str) -> CpuSet:
+    # What the homes have now.
+    return cpus(host, f"{base}/{_HOME}/cpuset.cpus") | cpus(host, f"{base}/{_THREADS}/cpuset.cpus")
+
+
 def _online(host: Host) -> CpuSet:
     return cpus(host, f"{_CPU}/online")
 
 
 def _state(host: Host, directory: str) -> str:
     return read(host, f"{directory}/cpuset.cpus.partition").strip()
+
+
+def _threaded(host: Host, directory: str) -> bool:
+    return read(host, f"{directory}/cgroup.type").strip() == "threaded"
 
 
 def _handed_on(host: Host, directory: str) -> bool:

@@ -38,7 +38,7 @@ def reach(wish: Wish, host: Host, ledger: Ledger, wanted: CpuSet | None = None) 
         raise UsageError(f"--scope {scope}: {error}", "say host, user, tree:PID or cgroup:/PATH") from None
     reached, why, remedy = "affinity", "", ""
     for level in LEVELS[1 : LEVELS.index(wish.level) + 1]:
-        why, remedy = _obstacle(level, scope, host, ledger, wanted or CpuSet())
+        why, remedy = _obstacle(level, scope, host, ledger, wanted or CpuSet(), threaded=wish.threaded)
         if why:
             break
         reached = level
@@ -57,7 +57,7 @@ def below(wish: Wish, isolation: Isolation) -> Isolation:
     return isolation
 
 
-def _obstacle(level: str, scope: str, host: Host, ledger: Ledger, wanted: CpuSet) -> tuple[str, str]:
+def _obstacle(level: str, scope: str, host: Host, ledger: Ledger, wanted: CpuSet, *, threaded: bool) -> tuple[str, str]:
     # Why the level cannot be had, given that the ones below it can, and what would change that.
     root = os.geteuid() == 0
     if level == "sweep":
@@ -84,7 +84,7 @@ def _obstacle(level: str, scope: str, host: Host, ledger: Ledger, wanted: CpuSet
         if not root and not handed_over:
             return "taking pCPUs from other users' tasks for good needs root", as_root()
         held = wanted | reconcile.released(ledger.holdings(), "cpuset")
-        found = sets.obstacle(host, ledger, held)
+        found = sets.obstacle(host, ledger, held, threaded=threaded)
         return (found.problem, found.remedy) if found is not None else ("", "")
     if not root:
         return "interrupts and the online state of CPUs are root's to change", as_root()

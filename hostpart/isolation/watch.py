@@ -14,7 +14,8 @@ from workers import crash
 from ..cgroup import Leaf
 from ..cpuset import CpuSet
 from ..errors import HostpartError
-from . import affinity, irq
+from . import affinity, irq, threads
+from .cgroup_files import set_masks
 from .level import LEVELS, Isolation, at_least
 from .reach import below, reach
 from .reconcile import Report, check, cpusets, guests, reconcile, worded
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..host import Host
-    from ..ledger import Ledger, VmRow
+    from ..ledger import Ledger, VcpuRow, VmRow
     from .level import Wish
 
 __all__ = ["Watch"]
@@ -44,13 +45,16 @@ class Watch:
     :param note: told each thing that happens, once, as a sentence
     :ivar leaf: the cgroup that its guest's processes have to be in, or None
     :ivar procs: the ``cgroup.procs`` of another cgroup (version 1) that they have to enter, or empty
+    :ivar process: of a VM whose vCPUs are threads, the ``cgroup.procs`` that their process has to enter before it makes
+        them, or empty; such a VM has neither *leaf* nor *procs*
+    :ivar threads: likewise, the file that each vCPU's thread id has to be written to before it is pinned, or empty
     :ivar breaches: when the kernel's own guard was down, a sentence each
     """
 
     def __init__(self, ledger: Ledger, host: Host, row: VmRow, note: Callable[[str], None]) -> None:
         self.ledger, self.host, self.row = ledger, host, row
         self.leaf: Leaf | None = None
-        self.procs = ""
+        self.procs = self.process = self.threads = ""
         self.breaches: list[str] = []
         self.isolation = Isolation("affinity", "affinity")
         self.report = Report()
@@ -63,6 +67,7 @@ class Watch:
         self._tries: dict[str, int] = {}
         self._again = 0.0
         self._told: set[str] = set()
+        self._others: dict[int, CpuSet] = {}  # masks of threads beside vCPUs, when all was well
         self._fds: list[int] = []
 
     # -- up ----------------------------------------------------------------------------------------------
@@ -73,6 +78,7 @@ class Watch:
         :raises NotPermitted: where the wish requires more; the host is as it was
         :raises HostpartError: where the host can't be changed; whoever calls ends the VM with :meth:`end`
         """
+        wish = wish.replace(threaded=bool(self.row.threaded))  # what the ledger says is what is done
         isolation = reach(wish, self.host, self.ledger, self._pcpus)
         while at_least(isolation.reached, "sweep"):
             cycle = self._pcpus if wish.cycle or at_least(isolation.reached, "full") else CpuSet()
@@ -93,7 +99,7 @@ class Watch:
         if isolation.reached == "affinity":
             self._reconcile(CpuSet())  # also what a killed process has left
         if at_least(isolation.reached, "cpuset"):
-            self._find_leaf()
+            self._find_place()
         self._online = self._read_online()
         self._next_sweep = time.monotonic() + _SWEEP_S
         return isolation
@@ -102,19 +108,20 @@ class Watch:
         self.ledger.isolate(self.row.id, isolation.reached, isolation.scope, str(wish.mems), cycle=wish.cycle)
         crash.point("watch.entered")
 
-    def _find_leaf(self) -> None:
-        sets = cpusets(self.host)
-        path = "/" + sets.leaf(self.host, self.row.token)
-        if sets.UNIFIED:
-            self.leaf = Leaf(path)
-            self._fds = [
-                os.open(self.host.path(name), os.O_RDONLY | os.O_CLOEXEC)
-                for name in sets.watch_files(self.host, self.row.token)
-            ]
-            for fd in self._fds:
-                os.pread(fd, 4096, 0)
+    def _find_place(self) -> None:
+        sets, token, threaded = cpusets(self.host), self.row.token, bool(self.row.threaded)
+        if threaded:
+            self.process, self.threads = (f"/{name}" if name else "" for name in sets.threads(self.host, token))
+        elif sets.UNIFIED:
+            self.leaf = Leaf("/" + sets.leaf(self.host, token))
         else:
-            self.procs = f"{path}/cgroup.procs"
+            self.procs = f"/{sets.leaf(self.host, token)}/cgroup.procs"
+        self._fds = [
+            os.open(self.host.path(name), os.O_RDONLY | os.O_CLOEXEC)
+            for name in sets.watch_files(self.host, token, threaded=threaded)
+        ]
+        for fd in self._fds:
+            os.pread(fd, 4096, 0)
 
     # -- watching ----------------------------------------------------------------------------------------
 
@@ -138,6 +145,8 @@ class Watch:
         if online != self._online:
             self._note(f"CPUs {self._online} were online, now {online} are")
         self._online, self._asleep_s = online, asleep_s
+        if self.threads and not problems:
+            self._others = threads.others(self.host, self.ledger.vcpus(self.row.id))
         for problem in problems:
             if problem not in self.breaches:
                 self.breaches.append(problem)
@@ -166,6 +175,7 @@ class Watch:
         except HostpartError as error:
             self._tell(str(error))
             return
+        self._put_back()
         for who in report.escapees:
             self._tell(f"{who} put itself back onto pCPUs of VM {self.row.name!r}")
         try:
@@ -214,7 +224,27 @@ class Watch:
         return report
 
     def _check(self, level: str, **more: float) -> tuple[str, ...]:
-        return tuple(check(self.ledger, self.host, self.row.token, **more)) if at_least(level, "cpuset") else ()
+        if not at_least(level, "cpuset"):
+            return ()
+        problems = check(self.ledger, self.host, self.row.token, **more)
+        return (*problems, *(f"vCPU {row.vcpu} is not in {os.path.dirname(self.threads)}" for row in self._outside()))
+
+    def _outside(self) -> list[VcpuRow]:
+        if not self.threads:
+            return []
+        return threads.outside(self.host, self.ledger.vcpus(self.row.id), self.threads.lstrip("/"))
+
+    def _put_back(self) -> None:
+        if not self.threads:
+            return
+        rows = self.ledger.vcpus(self.row.id)
+        try:
+            threads.enter(self.host, rows, self.process.lstrip("/"), self.threads.lstrip("/"))
+            # Before Linux 6.2 what others do to a cgroup gives all tasks in it, and at the tree's root, other masks.
+            there = threads.others(self.host, rows)
+            set_masks(self.host, {tid: mask for tid, mask in self._others.items() if tid in there})
+        except OSError as error:
+            self._tell(f"the vCPUs can't enter {error.filename} again: {error.strerror}")
 
     def _read_online(self) -> str:
         return self.host.read_text("sys/devices/system/cpu/online").strip()
