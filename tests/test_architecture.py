@@ -23,9 +23,11 @@ LAYERS = (
     ("madt", "tree", "cgroup", "lease", "ledger", "rehearsal"),
     ("topology", "control", "hypercall", "isolation", "occupancy", "auditor"),
     ("allocator", "recovery", "evidence"),
+    ("qemu",),
     ("config", "hypervisor", "census"),
     ("vhm", "audit"),
     ("device_model",),
+    ("machines",),
     ("keeper",),
     ("service_vm", "front", "attachment"),
     ("launcher",),
@@ -37,7 +39,7 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # The package itself only names what its modules offer, and imports each when it is first asked for.
 MODULES = sorted(path for path in (ROOT / "hostpart").glob("*.py") if path.stem != "__init__")
-PACKAGES = ("isolation", "experiment", "report")  # a layer each, whose parts know each other
+PACKAGES = ("isolation", "qemu", "experiment", "report")  # a layer each, whose parts know each other
 MODULES += sorted(path for package in PACKAGES for path in (ROOT / "hostpart" / package).glob("*.py"))
 SOURCES = sorted(path for top in ("hostpart", "workers") for path in (ROOT / top).rglob("*.py"))
 
