@@ -11,12 +11,14 @@ import pytest
 from hostpart.allocator import POLICIES
 from hostpart.cli.completion import SHELLS, add, run, script
 from hostpart.config import ISOLATION_LEVELS, example_names
+from hostpart.experiment import design
 
 EXAMPLES = ("example:first", "example:four-core")
+EXPERIMENTS = ("example:null",)
 
 
 def demo_parsers() -> dict[str, argparse.ArgumentParser]:
-    names = ("topology", "plan", "launch", "run", "ps", "show", "stop", "completion")
+    names = ("topology", "plan", "launch", "experiment", "run", "ps", "show", "stop", "completion")
     parsers = {name: argparse.ArgumentParser(prog=f"hostpart {name}") for name in names}
     run = parsers["run"]
     run.description = "Run a command on pCPUs of its own: 100 %% isn't [more]; see below. And so on."
@@ -35,6 +37,7 @@ def demo_parsers() -> dict[str, argparse.ArgumentParser]:
     parsers["topology"].add_argument("--odd", choices=("it's", "$(id)"), help="a choice that isn't plain")
     parsers["launch"].add_argument("file", metavar="FILE")
     parsers["launch"].add_argument("--results", metavar="DIR")
+    parsers["experiment"].add_argument("file", metavar="FILE")
     parsers["plan"].add_argument("file", nargs="?", metavar="FILE")
     parsers["plan"].add_argument("--host", metavar="TOPOLOGY.json|DIR|TARBALL")
     parsers["show"].add_argument("vm", metavar="VM")
@@ -63,7 +66,7 @@ def bash_offers(home: Path, line: str, more: str = "") -> list[str]:
     if line.endswith((" ", ":", "=")):
         # After a blank a new word begins; after ':' or '=' bash takes that character for the word.
         words += [""] if line.endswith(" ") else []
-    code = script("bash", demo_parsers(), EXAMPLES) + (
+    code = script("bash", demo_parsers(), EXAMPLES, EXPERIMENTS) + (
         f"{more}\n"
         'COMP_LINE=$1; COMP_POINT=${#1}; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))\n'
         '_hostpart hostpart; ((${#COMPREPLY[@]} == 0)) || printf "%s\\n" "${COMPREPLY[@]}"'
@@ -104,6 +107,7 @@ def bash_offers(home: Path, line: str, more: str = "") -> list[str]:
         ("hostpart launch ex", ["example:first", "example:four-core", "example-mine.toml"]),
         ("hostpart launch example:", ["first", "four-core"]),
         ("hostpart launch example:fo", ["four-core"]),
+        ("hostpart experiment example:", ["null"]),
         ("hostpart plan --host other.txt example:fi", ["first"]),
         ("hostpart launch ", ["example:first", "example:four-core", "bin/", "example-mine.toml"]),
         ("hostpart topology --odd ", ["it's", "$(id)"]),
@@ -154,7 +158,7 @@ def test_the_shell_itself_can_read_the_script(shell: str, tmp_path: Path) -> Non
     if program is None:
         pytest.skip(f"{shell} is not installed")
     file = tmp_path / "script"
-    file.write_text(script(shell, demo_parsers(), EXAMPLES))
+    file.write_text(script(shell, demo_parsers(), EXAMPLES, EXPERIMENTS))
     done = subprocess.run([program, "-n", file], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -176,7 +180,12 @@ def test_fish_offers(home: Path, line: str, offers: set[str]) -> None:
     if shutil.which("fish") is None:
         pytest.skip("fish is not installed")
     done = subprocess.run(
-        ["fish", "--no-config", "-c", f"{script('fish', demo_parsers(), EXAMPLES)}\ncomplete -C {shlex.quote(line)}"],
+        [
+            "fish",
+            "--no-config",
+            "-c",
+            f"{script('fish', demo_parsers(), EXAMPLES, EXPERIMENTS)}\ncomplete -C {shlex.quote(line)}",
+        ],
         cwd=home,
         env={"PATH": f"{home / 'bin'}:/usr/bin:/bin", "HOME": str(home)},
         capture_output=True,
@@ -190,8 +199,8 @@ def test_fish_offers(home: Path, line: str, offers: set[str]) -> None:
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_script_is_the_same_every_time_and_shows_nothing_hidden(shell: str) -> None:
-    text = script(shell, demo_parsers(), EXAMPLES)
-    assert text == script(shell, demo_parsers(), EXAMPLES)
+    text = script(shell, demo_parsers(), EXAMPLES, EXPERIMENTS)
+    assert text == script(shell, demo_parsers(), EXAMPLES, EXPERIMENTS)
     assert text.endswith("\n")
     assert "secret" not in text
     assert "%(" not in text
@@ -203,4 +212,5 @@ def test_the_command_prints_the_script_with_the_examples_that_come_with_hostpart
     monkeypatch.setattr("hostpart.cli.parsers", demo_parsers, raising=False)
     args = demo_parsers()["completion"].parse_args(["bash"])
     assert run(args) == 0
-    assert capsys.readouterr().out == script("bash", demo_parsers(), [f"example:{name}" for name in example_names()])
+    names = [[f"example:{name}" for name in names] for names in (example_names(), design.example_names())]
+    assert capsys.readouterr().out == script("bash", demo_parsers(), *names)

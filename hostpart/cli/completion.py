@@ -72,31 +72,43 @@ Exit status: 0 printed, 2 there is no such shell."""
 
 def run(args: argparse.Namespace) -> int:
     """Print the script for ``args.shell``."""
+    from ..experiment import design
     from . import parsers
 
-    print(script(args.shell, parsers(), [f"{EXAMPLE_PREFIX}{name}" for name in example_names()]), end="")
+    examples, experiments = (
+        [f"{EXAMPLE_PREFIX}{name}" for name in names] for names in (example_names(), design.example_names())
+    )
+    print(script(args.shell, parsers(), examples, experiments), end="")
     return 0
 
 
-def script(shell: str, parsers: Mapping[str, argparse.ArgumentParser], examples: Sequence[str] = ()) -> str:
+def script(
+    shell: str,
+    parsers: Mapping[str, argparse.ArgumentParser],
+    examples: Sequence[str] = (),
+    experiments: Sequence[str] = (),
+) -> str:
     """Return the completion script.
 
     :param shell: one of :data:`SHELLS`
     :param parsers: each command's own parser, by the command's name, in the order to list them
     :param examples: scenarios to offer wherever a scenario file is wanted
+    :param experiments: the same, where the file of an experiment is
     """
-    commands = [_read(name, parser) for name, parser in parsers.items()]
-    return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](commands, examples)
+    commands = [
+        _read(name, parser, experiments if name == "experiment" else examples) for name, parser in parsers.items()
+    ]
+    return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](commands)
 
 
-def _read(name: str, parser: argparse.ArgumentParser) -> _Command:
+def _read(name: str, parser: argparse.ArgumentParser, examples: Sequence[str]) -> _Command:
     # argparse has no public way to ask a parser for its arguments.
     actions = parser._actions
     options = tuple(
         _Option(
             tuple(action.option_strings),
             _help(action.help, {**vars(action), "prog": parser.prog}),
-            None if action.nargs == 0 else _takes(action),
+            None if action.nargs == 0 else _takes(action, examples),
             action.nargs == "?",
             isinstance(action, argparse._AppendAction | argparse._CountAction),
         )
@@ -109,7 +121,7 @@ def _read(name: str, parser: argparse.ArgumentParser) -> _Command:
         name,
         _help(parser.description, {"prog": parser.prog}),
         options,
-        tuple(_takes(action) for action in positionals),
+        tuple(_takes(action, examples) for action in positionals),
         bool(positionals) and positionals[-1].nargs in ("*", "+"),
     )
 
@@ -120,7 +132,7 @@ def _help(text: str | None, facts: Mapping[str, object]) -> str:
     return words.partition(". ")[0].partition("; ")[0].rstrip(".")
 
 
-def _takes(action: argparse.Action) -> _Takes:
+def _takes(action: argparse.Action, examples: Sequence[str]) -> _Takes:
     if action.choices is not None:
         return _Takes("words", tuple(str(choice) for choice in action.choices))
     if action.dest in _BY_DEST:
@@ -130,7 +142,7 @@ def _takes(action: argparse.Action) -> _Takes:
         if action.nargs == argparse.REMAINDER or metavar.startswith("COMMAND"):
             return _Takes("command")
         if metavar == "FILE":
-            return _Takes("scenario")
+            return _Takes("scenario", tuple(examples))
     # "DIR|TARBALL" is a path too, and a directory is completed as files are.
     return _Takes("file" if "|" in metavar else _BY_METAVAR.get(metavar, "any"))
 
@@ -222,7 +234,7 @@ _hostpart_offer() {
         vm) mapfile -t offers < <("$program" ps --names 2>/dev/null) ;;
         user) mapfile -t offers < <(compgen -u) ;;
         group) mapfile -t offers < <(compgen -g) ;;
-        scenario) offers=(@EXAMPLES@) ;;
+        scenario) offers=("$@") ;;
         file) compopt -o default 2>/dev/null ;;
         directory) compopt -o dirnames 2>/dev/null ;;
     esac
@@ -265,7 +277,7 @@ complete -F _hostpart hostpart
 """
 
 
-def _bash(commands: Sequence[_Command], examples: Sequence[str]) -> str:
+def _bash(commands: Sequence[_Command]) -> str:
     takes, options = [], []
     for command in commands:
         for option in command.options:
@@ -297,7 +309,7 @@ def _bash(commands: Sequence[_Command], examples: Sequence[str]) -> str:
             "        *) options= ;;",
             "    esac",
             "}",
-            engine.replace("@EXAMPLES@", " ".join(map(_quoted, examples))),
+            engine,
         ]
     )
 
@@ -331,7 +343,7 @@ _hostpart_guest() {
 """
 
 
-def _zsh(commands: Sequence[_Command], examples: Sequence[str]) -> str:
+def _zsh(commands: Sequence[_Command]) -> str:
     cases: list[str] = []
     for command in commands:
         specs = [spec for option in command.options for spec in _zsh_option(option)]
@@ -357,7 +369,7 @@ def _zsh(commands: Sequence[_Command], examples: Sequence[str]) -> str:
             "}",
             "",
             "_hostpart_scenarios() {",
-            f"    compadd -- {' '.join(map(_quoted, examples))}",
+            "    compadd -- $@",
             "    _files -g '*.toml'",
             "}",
             "",
@@ -416,7 +428,7 @@ def _zsh_takes(takes: _Takes) -> str:
     words = " ".join(_literal(word).replace(":", "\\:") for word in takes.words)
     return {
         "words": f" _hostpart_words {words}",
-        "scenario": " _hostpart_scenarios",
+        "scenario": f" _hostpart_scenarios {words}",
         "vm": " _hostpart_vms",
         "file": "_files",
         "directory": "_files -/",
@@ -438,7 +450,7 @@ def _escaped(text: str, special: str) -> str:
 # fish
 
 
-def _fish(commands: Sequence[_Command], examples: Sequence[str]) -> str:
+def _fish(commands: Sequence[_Command]) -> str:
     lines = [
         "# fish completion for hostpart, printed by 'hostpart completion fish'",
         "",
@@ -467,11 +479,11 @@ def _fish(commands: Sequence[_Command], examples: Sequence[str]) -> str:
         valued = _valued(command)
         for option in command.options:
             names = " ".join(f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}" for name in option.names)
-            wants = f" {_fish_takes(option.takes, examples, valued)}" if option.takes else ""
+            wants = f" {_fish_takes(option.takes, valued)}" if option.takes else ""
             required = " -r" if option.takes and not option.optional else ""
             only = " -f" if option.takes and option.takes.kind not in ("file", "scenario") else ""
             lines.append(_fish_line(command.name, f"{names}{required}{only}{wants}", option.help))
-        lines += [_fish_line(command.name, _fish_takes(takes, examples, valued)) for takes in command.positionals]
+        lines += [_fish_line(command.name, _fish_takes(takes, valued)) for takes in command.positionals]
     return "\n".join([*lines, ""])
 
 
@@ -480,10 +492,10 @@ def _fish_line(command: str, what: str, described: str = "") -> str:
     return f"complete -c hostpart -n {condition} {what}{f' -d {_fish_quoted(described)}' if described else ''}".rstrip()
 
 
-def _fish_takes(takes: _Takes, examples: Sequence[str], valued: str) -> str:
+def _fish_takes(takes: _Takes, valued: str) -> str:
     return {
         "words": f"-a {_fish_quoted(' '.join(map(_literal, takes.words)))}",
-        "scenario": f"-F -a {_fish_quoted(' '.join(map(_literal, examples)))}",
+        "scenario": f"-F -a {_fish_quoted(' '.join(map(_literal, takes.words)))}",
         "vm": "-a '(__hostpart_vms)'",
         "file": "-F",
         "directory": "-a '(__fish_complete_directories)'",
