@@ -16,7 +16,7 @@ from .isolation import mems
 from .lease import Leases
 from .ledger import ATTACHED
 from .occupancy import Guest, Occupancy, times
-from .procfs import pinned_alone, start_time
+from .procfs import pinned_alone, schedstat, start_time
 from .value import Value
 
 TYPE_CHECKING = False
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .census import Census
+    from .ledger import VcpuRow
 
 __all__ = ["Audit", "Task", "audit"]
 
@@ -95,7 +96,14 @@ def _audit(vms: Sequence[Census], interval_s: float, foreign_limit: float) -> li
             for vm in vms:
                 members = _members(vm, records[vm.row.id])
                 guests = [*members, *_attached(vm)]
-                own_ns = times(guests, {one.pid: one.pin for one in records[vm.row.id]})
+                machines = {vcpu.pid: vcpu.tid for vcpu in vm.vcpus if vcpu.tid}
+                own_ns = times(
+                    [one for one in guests if one.pid not in machines],
+                    {one.pid: one.pin for one in records[vm.row.id] if one.tid is None},
+                )
+                for record in records[vm.row.id]:
+                    if record.tid is not None and (ran := schedstat(record.pid, record.tid)) is not None:
+                        own_ns[record.pin] = own_ns.get(record.pin, 0) + ran[0]
                 usage_us = Leaf(vm.row.leaf).cpu_usage_us() if vm.row.leaf else None
                 guest = Guest(own_ns, None if usage_us is None else usage_us * 1000)
                 own = {member.pid for member in guests}
@@ -109,7 +117,7 @@ def _audit(vms: Sequence[Census], interval_s: float, foreign_limit: float) -> li
                     occupancy[vm.row.id].search(own)
                 rest = {member.pid for member in members}
                 for record in records[vm.row.id]:
-                    seen = evidence.look(record.pid)
+                    seen = evidence.look(record.pid, record.tid)
                     if vm.attached and not number:
                         record.resting = evidence.resting([record.pid, *(one.pid for one in members)])
                     if number:
@@ -121,7 +129,14 @@ def _audit(vms: Sequence[Census], interval_s: float, foreign_limit: float) -> li
                     rest -= {member.pid for member in own_members}
                     record.sample(own_members)
                 orphans = [member for member in members if member.pid in rest]
-                for drift in evidence.find_drifts(orphans, _pcpus(vm)):
+                # QEMU's other threads are the host's, and belong on any other pCPU.
+                threads = {record.tid for record in records[vm.row.id] if record.tid is not None}
+                emulators = [member for member in members if member.pid in machines]
+                elsewhere = CpuSet.parse(host.read_text("sys/devices/system/cpu/possible")) - _pcpus(vm)
+                for drift in (
+                    *evidence.find_drifts(orphans, _pcpus(vm)),
+                    *evidence.find_drifts(emulators, elsewhere, threads),
+                ):
                     drifts[vm.row.id].setdefault((drift.pid, drift.tid), drift)
         if not number:
             time.sleep(interval_s)
@@ -173,14 +188,20 @@ def _attached(vm: Census) -> list[tree.Member]:
 
 
 def _records(vm: Census) -> list[evidence.VcpuRecord]:
-    pids: dict[int, list[int]] = {}
-    for vcpu in vm.vcpus:
-        if start_time(vcpu.pid) == vcpu.start:
-            pids.setdefault(vcpu.pid, []).append(vcpu.pcpu)
-    first = {vcpu.pid: vcpu.vcpu for vcpu in reversed(vm.vcpus)}
+    alive = [vcpu for vcpu in vm.vcpus if start_time(vcpu.pid) == vcpu.start]
+    pids: dict[tuple[int, int], list[VcpuRow]] = {}
+    for vcpu in alive:
+        pids.setdefault((vcpu.pid, vcpu.tid), []).append(vcpu)
     return [
-        evidence.VcpuRecord(vm.row.name, first[pid], CpuSet.of(pcpus), pid, "smp" if len(pcpus) > 1 else "command")
-        for pid, pcpus in pids.items()
+        evidence.VcpuRecord(
+            vm.row.name,
+            rows[0].vcpu,
+            CpuSet.of(row.pcpu for row in rows),
+            pid,
+            "qemu" if tid else "smp" if len(rows) > 1 else "command",
+            tid or None,
+        )
+        for (pid, tid), rows in pids.items()
     ]
 
 

@@ -50,7 +50,10 @@ class Census(Value):
             "vm": self.row.name,
             "service": bool(self.row.service),
             "state": self.state,
-            "vcpus": [{"vcpu": v.vcpu, "pcpu": v.pcpu, "pid": v.pid, "state": v.state} for v in self.vcpus],
+            "vcpus": [
+                {"vcpu": v.vcpu, "pcpu": v.pcpu, "pid": v.pid, "tid": v.tid or None, "state": v.state}
+                for v in self.vcpus
+            ],
             "idle": self.row.idle,
             "keeper": self.row.keeper_pid,
             "started": self.row.started,

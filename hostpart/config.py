@@ -33,6 +33,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .qemu.config import QemuGuest
+
 __all__ = [
     "DRIFT_ANSWERS",
     "GUEST_KINDS",
@@ -41,6 +43,7 @@ __all__ = [
     "SCHED_POLICIES",
     "SERVICE_VM_NAME",
     "Guest",
+    "Part",
     "Scenario",
     "ServiceVm",
     "VmConfig",
@@ -51,7 +54,7 @@ __all__ = [
     "parse_sched",
 ]
 
-GUEST_KINDS = ("command", "smp", "python")
+GUEST_KINDS = ("command", "smp", "python", "qemu")
 ISOLATION_LEVELS = LEVELS
 DRIFT_ANSWERS = ("warn", "repin", "kill")
 RELEASES = ("worker", "hotplug")  # its worker ends; the CPU goes offline and online too, as launch_uos.sh did it
@@ -67,11 +70,12 @@ class Guest(Value):
     """What runs on a VM's vCPUs.
 
     :ivar kind: one of :data:`GUEST_KINDS`: ``command`` is exec'd once per vCPU, ``smp`` once
-        over all the VM's pCPUs, ``python`` is called in each worker
+        over all the VM's pCPUs, ``python`` is called in each worker, ``qemu`` is one machine whose vCPUs are threads
     :ivar argv: program and arguments (``command`` and ``smp``); no shell reads them
     :ivar target: ``"package.module:function"`` (``python``)
     :ivar cwd: where it starts; ``None``: where hostpart was started
     :ivar env: names and values laid over the caller's environment
+    :ivar qemu: the machine (``qemu``)
     """
 
     kind: str
@@ -79,6 +83,28 @@ class Guest(Value):
     target: str = ""
     cwd: str | None = None
     env: tuple[tuple[str, str], ...] = ()
+    qemu: QemuGuest | None = None
+
+    @property
+    def shared(self) -> bool:
+        """Whether one process carries all its vCPUs."""
+        return self.kind in ("smp", "qemu")
+
+
+class Part(Value):
+    """A run of a VM's vCPUs that have one guest.
+
+    :ivar first: the first one's number in the VM
+    """
+
+    guest: Guest
+    first: int
+    count: int
+
+    @property
+    def vcpus(self) -> range:
+        """Their numbers."""
+        return range(self.first, self.first + self.count)
 
 
 class VmConfig(Value):
@@ -86,6 +112,7 @@ class VmConfig(Value):
 
     :ivar vcpus: how many; 0 stands for ``"rest"``: what is left when every other VM has its own
     :ivar pcpus: Linux CPU numbers, vCPU i on the i-th; empty: the policy chooses
+    :ivar mix: how many vCPUs have which guest, in their order, where they are not all one's; *guest* is the first then
     :ivar kind: only pCPUs of this kind, one of :data:`PCPU_KINDS`; ``None``: of any
     :ivar scope: whose tasks may be moved for that, as :func:`hostpart.isolation.scope.parse` reads it; empty: the
         default
@@ -120,6 +147,24 @@ class VmConfig(Value):
     priority: int = 0
     nice: int | None = None
     mlock: bool = False
+    mix: tuple[tuple[int, Guest], ...] = ()
+
+    def parts(self, vcpu_num: int) -> tuple[Part, ...]:
+        """Return which guest is on which of the VM's *vcpu_num* vCPUs."""
+        parts: list[Part] = []
+        for count, guest in self.mix or ((vcpu_num, self.guest),):
+            parts.append(Part(guest, sum(part.count for part in parts), count))
+        return tuple(parts)
+
+    @property
+    def guests(self) -> tuple[Guest, ...]:
+        """Its guests, in the order of their vCPUs."""
+        return tuple(guest for _, guest in self.mix) or (self.guest,)
+
+    @property
+    def threaded(self) -> bool:
+        """Whether some of its vCPUs are threads of a process whose other threads stay with the host."""
+        return any(guest.kind == "qemu" for guest in self.guests)
 
 
 class ServiceVm(Value):
@@ -256,12 +301,13 @@ def _read_vm(table: Table) -> VmConfig:
         table.fault("name", "is missing")
     name = table.read("name", _vm_name, "")
     vcpus, pcpus = _read_count(table)
+    guest, mix = _read_guests(table, vcpus)
     sched, priority = table.read(
         "sched", lambda value: parse_sched(read_text(value)), (VmConfig.sched, VmConfig.priority)
     )
     vm = VmConfig(
         name=name,
-        guest=_read_guest(table),
+        guest=guest,
         vcpus=vcpus,
         pcpus=pcpus,
         policy=table.read("policy", one_of(POLICIES), VmConfig.policy),
@@ -279,6 +325,7 @@ def _read_vm(table: Table) -> VmConfig:
         priority=priority,
         nice=table.read("nice", lambda value: read_whole(value, -20, 19), VmConfig.nice),
         mlock=table.read("mlock", read_flag, VmConfig.mlock),
+        mix=mix,
     )
     table.refuse_others()
     return vm
@@ -296,6 +343,30 @@ def _read_count(table: Table) -> tuple[int, tuple[int, ...]]:
     return len(pcpus) or vcpus, pcpus
 
 
+def _read_guests(table: Table, vcpus: int) -> tuple[Guest, tuple[tuple[int, Guest], ...]]:
+    several = table.take("guest")
+    if several is None:
+        return _read_guest(table), ()
+    for kind in GUEST_KINDS:
+        if table.take(kind) is not None:
+            table.fault(kind, "belongs under one of [[vm.guest]] where there are such")
+    if not isinstance(several, list) or not several or not all(isinstance(one, dict) for one in several):
+        table.fault("guest", f"want each guest under [[vm.guest]], got {shown(several)}")
+        return Guest(""), ()
+    mix = []
+    for index, one in enumerate(several):
+        part = Table(f"{table.where}.guest[{index}]", one, table.faults)
+        if "vcpus" not in part.rest:
+            part.fault("vcpus", "is missing: want how many of the VM's vCPUs this guest has")
+        count = part.read("vcpus", lambda value: read_whole(value, 1, MAX_CPUS), 0)
+        mix.append((count, _read_guest(part)))
+        part.refuse_others()
+    if sum(count for count, _ in mix) != vcpus and not table.faults.found:
+        rest = "the rest" if vcpus == 0 else vcpus
+        table.fault("guest", f"has {sum(count for count, _ in mix)} vCPUs in all, and the VM has {rest}; want as many")
+    return mix[0][1], tuple(mix)
+
+
 def _read_guest(table: Table) -> Guest:
     given = [kind for kind in GUEST_KINDS if kind in table.rest]
     if not given:
@@ -304,10 +375,17 @@ def _read_guest(table: Table) -> Guest:
         table.fault(None, f"want one guest, got {' and '.join(given)}")
     argvs = [table.read(kind, read_argv, ()) for kind in ("command", "smp")]
     target = table.read("python", _target, "")
+    qemu = None
+    if "qemu" in given:
+        from .qemu import config as machine
+
+        qemu = machine.read(table.table("qemu"))
+    else:
+        table.known.append("qemu")
     cwd = table.read("cwd", read_text, None)
     env = table.table("env")
     variables = tuple((name, env.read(name, _environment_reader(name), "")) for name in tuple(env.rest))
-    return Guest(given[0] if given else "", argvs[0] or argvs[1], target, cwd, variables)
+    return Guest(given[0] if given else "", argvs[0] or argvs[1], target, cwd, variables, qemu)
 
 
 def _check_claims(service: ServiceVm, vms: list[tuple[int, VmConfig]], faults: Faults) -> None:

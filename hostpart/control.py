@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-__all__ = ["Request", "Server", "ask", "find", "names", "socket_path"]
+__all__ = ["Request", "Server", "abandoned", "ask", "find", "names", "socket_path"]
 
 _MAX_REQUEST = 4096
 _LOOK_AGAIN_S = 1.0
@@ -37,6 +37,23 @@ def socket_path(directory: str, name: str) -> str:
 def names(directory: str) -> list[str]:
     """Return the names of the VMs that have a socket in *directory*, sorted."""
     return sorted(entry[: -len(_SUFFIX)] for entry in os.listdir(directory) if entry.endswith(_SUFFIX))
+
+
+def abandoned(path: str) -> bool:
+    """Whether there is a socket at *path* that nobody listens at.
+
+    :raises OSError: where nothing is there, or it may not be asked
+    """
+    if not stat.S_ISSOCK(os.stat(path).st_mode):
+        return False
+    probe = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+    try:
+        probe.connect(path)
+    except ConnectionRefusedError:
+        return True
+    finally:
+        probe.close()
+    return False
 
 
 def find(name: str) -> str:
@@ -137,10 +154,10 @@ class Request:
         self._connection, self._message = connection, message
         self.what = str(message.get("do"))
 
-    def number(self, key: str, default: float) -> float:
-        """Return a number of the request, or *default* where it has none."""
-        value = self._message.get(key, default)
-        return float(value) if isinstance(value, (int, float)) and 0 <= value < 1e9 else default
+    def number(self, key: str) -> float | None:
+        """Return a number of the request, or None where it has none."""
+        value = self._message.get(key)
+        return float(value) if isinstance(value, (int, float)) and 0 <= value < 1e9 else None
 
     def reply(self, answer: dict[str, Any]) -> None:
         """Answer, and close; whoever asked may be gone."""

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from workers.log import WorkerLog
 
     from .cgroup import Leaf
-    from .config import ServiceVm, VmConfig
+    from .config import Guest, Part, ServiceVm, VmConfig
     from .hypervisor import Hypervisor, Vcpu, Vm
+    from .qemu.machine import Machine
 
 __all__ = ["Caller", "DeviceModel", "refused"]
 
@@ -72,7 +73,11 @@ class DeviceModel:
     :param hypervisor: made with this object's :meth:`boot` as its ``boot``
     :param caller: what the guests inherit
     :param close_fds: descriptors of the keeper that no worker may hold open
-    :ivar pids: worker's pid to the vCPUs it carries (one, or all for an ``smp`` guest)
+    :ivar pids: worker's pid to the vCPUs it carries (one, or all of an ``smp`` guest's and of a machine's)
+    :ivar machines: those of the workers that are QEMU, by pid
+    :ivar threads: the file that takes a vCPU which is a thread into the VM's cpuset; empty where it has none
+    :ivar threads_process: the file that takes the thread's process to where that one has to be first
+    :ivar parts: which guest is on which vCPUs, once the first worker is forked
     :ivar statuses: wait status of each vCPU that has ended
     """
 
@@ -85,17 +90,26 @@ class DeviceModel:
         self.statuses: dict[int, int] = {}
         self.leaf: Leaf | None = None
         self.cpuset_procs: str = ""
+        self.threads: str = ""
+        self.threads_process: str = ""
         self.logs: list[WorkerLog] = []
         self.frozen: tree.Frozen | None = None
         self.exec_errors: dict[int, int] = {}
         self._close_fds = list(close_fds)
         self._ids = _ids(config)
-        if config.mlock and config.guest.kind != "python" and not memlock.SUPPORTED:
+        self.parts: tuple[Part, ...] = ()
+        self.machines: dict[int, Machine] = {}
+        self._ready_machines = self._make_machines()
+        if config.mlock and any(one.kind in ("command", "smp") for one in config.guests) and not memlock.SUPPORTED:
             raise UsageError(
                 f"locking a command's memory is not known how to do on {os.uname().machine}",
                 "have the command call mlockall(2) itself, or use a python guest",
             )
         self._null = -1
+        # A machine is there before its guest runs: it does not wait for START, it has one of its own.
+        self._machine_start_r, fd = os.pipe2(os.O_CLOEXEC)
+        os.write(fd, b"S" * len(self._ready_machines))
+        os.close(fd)
         self._status_r, self._status_w = os.pipe2(os.O_CLOEXEC)
         self._start_r, self._start_w = os.pipe2(os.O_CLOEXEC)
         self._said = b""
@@ -174,40 +188,75 @@ class DeviceModel:
 
     # -- workers -------------------------------------------------------------------------------------
 
+    def _make_machines(self) -> list[Machine]:
+        # Whatever they need is looked for before anything is created.
+        made, first = [], 0
+        for count, guest in self.config.mix or ((self.config.vcpus, self.config.guest),):
+            if guest.qemu is not None:
+                from .qemu.machine import Machine
+
+                folder = os.path.join(os.getcwd(), guest.cwd or "")
+                made.append(Machine(self.config.name, guest.qemu, first, folder, dict(guest.env)))
+            first += count
+        return made
+
+    @property
+    def threads_leave(self) -> str:
+        """The file that takes a thread which is no vCPU's out of the VM's cpuset; empty where that has none."""
+        if self.threads_process:
+            return f"{os.path.dirname(self.threads_process)}/cgroup.threads"
+        # Version 1: the hierarchy's root, two above the VM's.
+        return os.path.join(self.threads.rsplit("/", 3)[0], "tasks") if self.threads else ""
+
+    @property
+    def sockets(self) -> list[str]:
+        """The paths that machines which are not forked yet will listen at."""
+        return [machine.socket_path for machine in self._ready_machines if machine.socket_path]
+
     def boot(self, vm: Vm, vcpu: Vcpu) -> int:
         """Start the worker of one vCPU and return its pid; called by the hypervisor's ``create_vcpu``.
 
-        An ``smp`` guest is one process over all pCPUs: its first vCPU's worker carries the others.
+        An ``smp`` guest is one process over all its pCPUs, and so is a machine: the first vCPU's worker carries the
+        others. A machine's process stays on the pCPUs that the service VM keeps; its vCPUs' threads leave those later.
         """
-        smp = self.config.guest.kind == "smp"
-        if smp and self.pids:
-            (pid, carried), *_ = self.pids.items()
-            carried.append(vcpu)
+        self.parts = self.parts or self.config.parts(vm.vcpu_num)
+        part = next(part for part in self.parts if vcpu.vcpu_id in part.vcpus)
+        if part.guest.shared and vcpu.vcpu_id != part.first:
+            pid = vm.vcpus[part.first].pid
+            self.pids[pid].append(vcpu)
             return pid
-        pcpus = frozenset(vm.placement.pcpus if smp else (vcpu.pcpu,))
+        pcpus = vm.placement.pcpus[part.first : part.first + part.count] if part.guest.shared else (vcpu.pcpu,)
+        machine = self._ready_machines.pop(0) if part.guest.qemu is not None else None
+        stdin_fd, stdout_fd = self._stdin(vcpu.vcpu_id), self.caller.stdout_fd
+        if machine is not None:
+            stdin_fd, stdout_fd = machine.stdio(
+                0 if stdin_fd is None else stdin_fd, 1 if stdout_fd is None else stdout_fd
+            )
         log, others = self._new_log(vcpu), list(self.logs)
         order = worker.Order(
             self.config.name,
             vcpu.vcpu_id,
-            pcpus,
-            self._guest(),
-            environ=self._environ(vm, vcpu, smp),
+            frozenset(pcpus) if machine is None else self._emulator_pcpus(vm),
+            self._guest(part.guest) if machine is None else self._machine(machine, vm, pcpus),
+            environ=self._environ(vm, vcpu, part.guest, pcpus),
             status_fd=self._status_w,
-            start_fd=self._start_r,
+            start_fd=self._start_r if machine is None else self._machine_start_r,
             lease_fds=[vm.leases[pcpu] for pcpu in sorted(pcpus)],
-            close_fds=[*self._close_fds, self._start_w, self._status_r],
+            close_fds=[*self._close_fds, self._start_w, self._status_r, *self._of_machines()],
             pgrp=self.caller.pgrp,
-            stdin_fd=self._stdin(vcpu.vcpu_id),
-            stdout_fd=self.caller.stdout_fd,
-            stderr_fd=self.caller.stderr_fd,
+            session=machine is not None,
+            stdin_fd=stdin_fd,
+            stdout_fd=stdout_fd,
+            stderr_fd=self.caller.stderr_fd if machine is None else machine.stderr_fd,
             mask=self.caller.mask,
             ignored=self.caller.ignored,
-            enter=[path for path in (self.leaf.procs_path if self.leaf else "", self.cpuset_procs) if path],
-            cwd=self.config.guest.cwd,
+            enter=self._enter(machine is not None),
+            cwd=part.guest.cwd,
             ids=self._ids,
-            scheduler=self._scheduler(),
-            nice=self.config.nice,
-            mlock=self.config.mlock,
+            # Of a machine these are its vCPU threads' alone.
+            scheduler=self._scheduler() if machine is None else None,
+            nice=self.config.nice if machine is None else None,
+            mlock=self.config.mlock and machine is None,
             mems=frozenset(self.config.mems) or None,
             log=(lambda: log.send(others)) if log else None,
         )
@@ -216,11 +265,58 @@ class DeviceModel:
             log.forked()
             self.logs.append(log)
         self.pids[pid] = [vcpu]
+        if machine is not None:
+            machine.forked(pid, 2 if self.caller.stderr_fd is None else self.caller.stderr_fd)
+            self.machines[pid] = machine
+            theirs = {self._stdin(vcpu.vcpu_id), self.caller.stdout_fd, 0, 1}
+            for fd in (stdin_fd, stdout_fd):
+                if fd is not None and fd not in theirs:
+                    os.close(fd)  # opened for QEMU alone
         return pid
 
-    def _guest(self) -> Callable[[worker.Order], NoReturn]:
-        guest = self.config.guest
+    def _of_machines(self) -> list[int]:
+        # What is open for machines, but for the one that is being booted.
+        there = (*self._ready_machines, *self.machines.values())
+        return [fd for machine in there for fd in machine.descriptors()]
+
+    def _enter(self, machine: bool) -> list[str]:
+        paths = [self.leaf.procs_path if self.leaf else "", self.cpuset_procs, self.threads_process]
+        # A machine's threads enter one by one, and only those that are vCPUs.
+        return [path for path in (*paths, "" if machine else self.threads) if path]
+
+    @staticmethod
+    def _emulator_pcpus(vm: Vm) -> frozenset[int]:
+        if not vm.kept:
+            raise Failed(
+                f"the VM {vm.row.name!r} has every pCPU there is, and none is left for QEMU's own threads",
+                "give it fewer vCPUs, or leave one of the pCPUs out",
+            )
+        return frozenset(vm.kept)
+
+    def _machine(self, machine: Machine, vm: Vm, pcpus: Sequence[int]) -> Command:
+        kept = CpuSet.of(vm.kept)
+        argv = machine.argv(self.hypervisor.topology, pcpus, kept, self.config.mems, mlock=self.config.mlock)
+        return Command(argv, machine.inherited)
+
+    def _guest(self, guest: Guest) -> Callable[[worker.Order], NoReturn]:
         return Python(guest.target) if guest.kind == "python" else Command(guest.argv)
+
+    def find_threads(self) -> bool:
+        """Take a step towards READY of the machines: their vCPU threads are found and pinned; whether all are.
+
+        :raises HostpartError: why not
+        """
+        done = True
+        for pid, machine in self.machines.items():
+            if machine.seats:
+                continue
+            if not machine.find_threads():
+                done = False
+                continue
+            machine.pin(self.threads, self._scheduler(), self.config.nice)
+            for vcpu, seat in zip(self.pids[pid], machine.seats, strict=True):
+                self.hypervisor.set_thread(self.vm, vcpu, seat.tid)
+        return done
 
     def _new_log(self, vcpu: Vcpu) -> WorkerLog | None:
         import sys
@@ -240,19 +336,18 @@ class DeviceModel:
                 "see 'ls -ld /dev/shm', which has mode 1777 where all is well, or run it without -v",
             ) from None
 
-    def _environ(self, vm: Vm, vcpu: Vcpu, smp: bool) -> dict[str, str]:
-        pcpus = vm.placement.pcpus
-        environ = {**self.caller.environ, **dict(self.config.guest.env)}
+    def _environ(self, vm: Vm, vcpu: Vcpu, guest: Guest, pcpus: Sequence[int]) -> dict[str, str]:
+        environ = {**self.caller.environ, **dict(guest.env)}
         if self._ids and self.config.user is not None:
             environ |= _home(self._ids[0])
         environ |= {
             "HOSTPART_VM": self.config.name,
             "HOSTPART_VCPU": str(vcpu.vcpu_id),
             "HOSTPART_VCPUS": str(vm.vcpu_num),
-            "HOSTPART_PCPU": str(CpuSet.of(pcpus)) if smp else str(vcpu.pcpu),
+            "HOSTPART_PCPU": str(CpuSet.of(pcpus)) if guest.shared else str(vcpu.pcpu),
             "HOSTPART_RUN": self.token,
         }
-        if smp:
+        if guest.kind == "smp":
             environ["OMP_PLACES"] = ",".join(f"{{{pcpu}}}" for pcpu in pcpus)
             environ["OMP_PROC_BIND"] = "true"
             environ["GOMP_CPU_AFFINITY"] = " ".join(map(str, pcpus))
@@ -300,7 +395,9 @@ class DeviceModel:
     def vm_start(self) -> None:
         """Let the guests run: all workers are READY."""
         self.vm_call(hc.IC_START_VM, "IC_START_VM")
-        os.write(self._start_w, b"S" * len(self.pids))
+        for machine in self.machines.values():
+            machine.start()
+        os.write(self._start_w, b"S" * (len(self.pids) - len(self.machines)))
         os.close(self._start_w)
         os.close(self._start_r)
         self._start_w = -1
@@ -310,9 +407,12 @@ class DeviceModel:
 
         :raises HostpartError: where the kernel refuses; none of their instructions has run in that case
         """
-        if not self.config.mlock or self.config.guest.kind == "python":
-            return  # a Python guest has locked its own
+        if not self.config.mlock:
+            return
+        python = {vcpu for part in self.parts if part.guest.kind == "python" for vcpu in part.vcpus}
         for pid, vcpus in self.pids.items():
+            if pid in self.machines or vcpus[0].vcpu_id in python:
+                continue  # these have locked their own
             number = memlock.lock_at_exec(pid)
             if number:
                 os.kill(pid, signal.SIGKILL)
@@ -332,8 +432,11 @@ class DeviceModel:
         return [pid for pid, vcpus in self.pids.items() if vcpus[0].vcpu_id not in self.statuses]
 
     def signal(self, number: int) -> None:
-        """Send a signal to every worker; they are this process's children, so no pid can have been recycled."""
+        """Send a signal to every worker that is no machine; they are this process's children, so no pid can have been
+        recycled."""
         for pid in self.alive:
+            if pid in self.machines:
+                continue  # what is meant for programs would end QEMU at once
             try:
                 os.kill(pid, number)
             except (ProcessLookupError, PermissionError):
@@ -345,11 +448,13 @@ class DeviceModel:
         :raises HostpartError: where some process could not be stopped (it then runs on, all of it)
         """
         self.vm_call(hc.IC_PAUSE_VM, "IC_PAUSE_VM")
+        # A machine's clock stops with its vCPUs. One that does not answer is stopped as every other process is.
+        paused = [pid for pid, machine in self.machines.items() if pid in self.alive and machine.pause()]
         if self.leaf is not None:
             if self._freeze_leaf(self.leaf):
                 return
             self.leaf.thaw()
-        self.frozen = tree.freeze(os.getpid())
+        self.frozen = tree.freeze(os.getpid(), skip=paused)
         if not self.frozen.holds:
             loose = ", ".join(f"pid {member.pid}" for member in self.frozen.loose) or "something"
             self.resume()
@@ -372,13 +477,35 @@ class DeviceModel:
         return False
 
     def resume(self) -> None:
-        """Let the guest run again; what was stopped before the pause stays stopped."""
-        self.vm_call(hc.IC_START_VM, "IC_START_VM")
+        """Let the guest run again; what was stopped before the pause stays stopped, but for a guest of QEMU's that
+        somebody else has stopped.
+
+        :raises HostpartError: where it does not run (it is paused then still), or was not stopped
+        """
+        machines = [(pid, machine) for pid, machine in self.machines.items() if pid in self.alive]
+        halted = any(vcpu.state == "RUNNING" for vcpu in self.vm.vcpus.values()) and any(
+            machine.halted for _, machine in machines
+        )
+        if not halted:
+            self.vm_call(hc.IC_START_VM, "IC_START_VM")
         if self.frozen is not None:
             tree.thaw(self.frozen.stopped)
             self.frozen = None
         elif self.leaf is not None:
             self.leaf.thaw()
+        silent = [pid for pid, machine in machines if not machine.resume()]
+        if silent:
+            if not halted:
+                self.vm_call(hc.IC_PAUSE_VM, "IC_PAUSE_VM")
+            raise Failed(
+                f"QEMU of VM {self.config.name!r} (pid {silent[0]}) does not let its guest go on",
+                f"try again, or end it with 'hostpart stop {self.config.name}'",
+            )
+
+    def power_down(self) -> bool:
+        """Press the power buttons of the machines; whether there is a guest that may heed that."""
+        pressed = [machine.power_down() for pid, machine in self.machines.items() if pid in self.alive]
+        return any(pressed)
 
     def worker_ended(self, pid: int, status: int) -> None:
         """Say that the worker *pid* was reaped with wait status *status*."""

@@ -25,7 +25,7 @@ from .value import Value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from resource import struct_rusage
     from typing import Any
 
@@ -170,18 +170,21 @@ class Verdict(Value):
 
 
 class VcpuRecord:
-    """What was seen of one vCPU's process so far.
+    """What was seen of one vCPU's process so far, or of its thread where it is one of a process that has others.
 
     :param pin: the pCPUs (Linux numbers) it may use: one, but for a guest of kind ``smp``
-    :param kind: what runs on it: ``command``, ``python`` or ``smp``
+    :param kind: what runs on it: ``command``, ``python``, ``smp`` or ``qemu``
+    :param tid: the thread that it is; None: it is the process, and all that it forks
     :ivar resting: threads that were put there in their sleep, from :func:`resting`: where they ran last was before it,
         for as long as they have not run again
     :ivar pages: how many pages of its memory are on each NUMA node, where somebody has asked; see
         :func:`hostpart.isolation.mems.held`
     """
 
-    def __init__(self, vm: str, vcpu: int, pin: CpuSet, pid: int, kind: str = "command") -> None:
-        self.vm, self.vcpu, self.pin, self.pid, self.kind = vm, vcpu, pin, pid, kind
+    def __init__(
+        self, vm: str, vcpu: int, pin: CpuSet, pid: int, kind: str = "command", tid: int | None = None
+    ) -> None:
+        self.vm, self.vcpu, self.pin, self.pid, self.kind, self.tid = vm, vcpu, pin, pid, kind, tid
         self.first: Look | None = None
         self.latest: Look | None = None
         self.ended = False
@@ -207,27 +210,28 @@ class VcpuRecord:
         """Take a look in between, which brings the figures up to date."""
         self.latest = seen
         self._looked(seen.mono_s)
-        self.tasks = max(self.tasks, seen.threads or 0)
-        processor = seen.processor
-        if processor is not None and processor not in self.pin and _rests(self.resting, self.pid, self.pid, seen.start):
+        self.tasks = max(self.tasks, (seen.threads or 0) if self.tid is None else 1)
+        processor, tid = seen.processor, self.pid if self.tid is None else self.tid
+        if processor is not None and processor not in self.pin and _rests(self.resting, self.pid, tid, seen.start):
             processor = None
         if processor is not None:
             self.seen |= CpuSet.of([processor])
-        found = _drift_of(self.pid, self.pid, seen.start, seen.comm, seen.allowed, processor, self.pin)
+        found = _drift_of(self.pid, tid, seen.start, seen.comm, seen.allowed, processor, self.pin)
         if found:
             self._drifted([found])
             self._drifting.add((found.tid, found.start))
 
     def sample(self, members: Iterable[Member], mono_s: float | None = None) -> None:
-        """Look at every thread of the vCPU's process and of *members*, which are below it.
+        """Look at every thread of the vCPU's process and of *members*, which are below it; or at its one thread.
 
         Only the first drift is kept. A task that ends meanwhile is passed over.
 
         :param mono_s: ``CLOCK_MONOTONIC`` of the look; now by default
         """
         self._looked(time.monotonic() if mono_s is None else mono_s)
-        pids = {self.pid, *(member.pid for member in members)}
-        tasks, seen, found = _go_over(sorted(pids), self.pin, self.resting)
+        pids = {self.pid, *(member.pid for member in members)} if self.tid is None else {self.pid}
+        only = None if self.tid is None else {self.tid}
+        tasks, seen, found = _go_over(sorted(pids), self.pin, self.resting, only)
         self.tasks = max(self.tasks, tasks)
         self.seen |= seen
         self._drifted(found)
@@ -270,7 +274,7 @@ class VcpuRecord:
 
     def _figures(self) -> dict[str, Any]:
         last, usage = self.latest or Look(mono_s=0.0), self.rusage
-        covers = "tree" if usage else "process"
+        covers = "tree" if usage else "process" if self.tid is None else "thread"
         totals: dict[str, float | None] = {
             "user_s": usage.ru_utime if usage else last.user_s,
             "system_s": usage.ru_stime if usage else last.system_s,
@@ -297,6 +301,7 @@ class VcpuRecord:
             "pcpu": self.pin.lowest if len(self.pin) == 1 else None,
             "pcpus": str(self.pin),
             "pid": self.pid,
+            "tid": self.tid,
             "kind": self.kind,
             "affinity": {when: None if cpus is None else str(cpus) for when, cpus in mask.items()},
             "cpus_seen": str(self.seen) if self.seen else None,
@@ -313,13 +318,13 @@ class VcpuRecord:
         }
 
 
-def look(pid: int) -> Look:
-    """Read what the kernel tells of process *pid* now, a zombie included; four files."""
+def look(pid: int, tid: int | None = None) -> Look:
+    """Read what the kernel tells of process *pid* now, a zombie included, or of its one thread *tid*; four files."""
     now = time.monotonic()
-    stat, status = procfs.read_stat(pid), procfs.read_status(pid)
+    stat, status = procfs.read_stat(pid, tid), procfs.read_status(pid, tid)
     if stat is None or status is None:
         return Look(mono_s=now)
-    run_ns, wait_ns, _ = procfs.schedstat(pid) or (None, None, None)
+    run_ns, wait_ns, _ = procfs.schedstat(pid, tid) or (None, None, None)
     tick = os.sysconf("SC_CLK_TCK")
     return Look(
         mono_s=now,
@@ -327,7 +332,7 @@ def look(pid: int) -> Look:
         processor=stat.processor,
         run_ns=run_ns,
         wait_ns=wait_ns,
-        migrations=procfs.migrations(pid),
+        migrations=procfs.migrations(pid, tid),
         voluntary=status.voluntary,
         involuntary=status.involuntary,
         minor_faults=stat.minflt,
@@ -342,9 +347,13 @@ def look(pid: int) -> Look:
     )
 
 
-def find_drifts(members: Iterable[Member], pin: CpuSet) -> list[Drift]:
-    """Return every thread of *members* that may run, or ran, outside *pin*."""
-    return _go_over([member.pid for member in members], pin)[2]
+def find_drifts(members: Iterable[Member], pin: CpuSet, skip: Collection[int] = ()) -> list[Drift]:
+    """Return every thread of *members* that may run, or ran, outside *pin*.
+
+    :param skip: threads that are not looked at
+    """
+    drifts = _go_over([member.pid for member in members], pin)[2]
+    return [drift for drift in drifts if drift.tid not in skip] if skip else drifts
 
 
 def verdict(
@@ -417,6 +426,7 @@ def document(
     circumstances: Circumstances | None = None,
     cpu_us: int | None = None,
     notes: Sequence[str] = (),
+    machines: Sequence[Mapping[str, Any]] = (),
     error: Mapping[str, Any] | None = None,
     host: Host | None = None,
 ) -> dict[str, Any]:
@@ -428,6 +438,7 @@ def document(
     :param started_s: ``CLOCK_REALTIME``; *ended_s* likewise, ``None`` for a VM that still runs
     :param cpu_us: what the VM's cgroup counted
     :param notes: what happened meanwhile that a reader should know, a sentence each
+    :param machines: of each guest operating system, what :meth:`hostpart.qemu.machine.Machine.to_json` says
     :param error: why there was no run, or no whole one; without records there is no verdict then
     """
     host, circumstances = host or Host(), circumstances or Circumstances()
@@ -456,6 +467,7 @@ def document(
         "auditor": circumstances.auditor and circumstances.auditor.to_json(),
         "cpu_us": {"value": cpu_us, "covers": "tree"},
         "unseen": _unseen(period_s, records, str(isolation.get("reached"))),
+        **({"machines": [dict(machine) for machine in machines]} if machines else {}),
         **({} if error is None else {"error": dict(error)}),
     }
 
@@ -479,7 +491,9 @@ def _rests(resting: Resting, pid: int, tid: int, start: int | None) -> bool:
     return slices is not None and slices == _slices(pid, tid)
 
 
-def _go_over(pids: Iterable[int], pin: CpuSet, resting: Resting | None = None) -> tuple[int, CpuSet, list[Drift]]:
+def _go_over(
+    pids: Iterable[int], pin: CpuSet, resting: Resting | None = None, only: Collection[int] | None = None
+) -> tuple[int, CpuSet, list[Drift]]:
     # Threads looked at; CPUs they run on or ran on last; those outside the pin.
     tasks, mask = 0, 0
     drifts: list[Drift] = []
@@ -487,8 +501,8 @@ def _go_over(pids: Iterable[int], pin: CpuSet, resting: Resting | None = None) -
         stat = procfs.read_stat(pid)
         if stat is None or stat.dead:
             continue
-        for tid in [pid] if stat.threads == 1 else procfs.threads(pid):
-            thread = stat if stat.threads == 1 else procfs.read_stat(pid, tid)
+        for tid in only if only is not None else [pid] if stat.threads == 1 else procfs.threads(pid):
+            thread = stat if stat.threads == 1 and tid == pid else procfs.read_stat(pid, tid)
             if thread is None or thread.state in "ZXx":
                 continue
             try:

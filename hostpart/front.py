@@ -93,9 +93,11 @@ class Running:
         self.over = self.reaped = False
 
     def has(self, event: str) -> bool:
-        """Whether the keeper has said *event*; raise its error where it failed instead."""
+        """Whether the keeper has said *event*; raise its error where it failed or was ended instead."""
         if self.error is not None:
             raise self.error
+        if "cancelled" in self.said:
+            raise Failed(f"VM {self.name!r} was ended before its guest ran", "run it again")
         return event in self.said
 
 
@@ -131,6 +133,7 @@ class Front:
         self._stop_on_interrupt, self._hear = stop_on_interrupt, hear
         self._started = False
         self._affinity = os.sched_getaffinity(0)
+        self._modes: list[Any] | None = None
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED)
         tree.adopt()
 
@@ -160,6 +163,16 @@ class Front:
         self.keepers.append(running)
         return running
 
+    def keep_terminal(self) -> None:
+        """Note how the terminal is set, to set it so again at the end: a guest's console changes that, and one that is
+        killed does not put it back."""
+        import termios
+
+        try:
+            self._modes = termios.tcgetattr(0)
+        except termios.error:
+            pass  # it is none
+
     def go(self) -> None:
         """Tell keepers that hold to START their guests."""
         self._started = True
@@ -185,8 +198,11 @@ class Front:
             elif finished:
                 return
 
-    def stop(self, grace_s: float = GRACE_S) -> None:
-        """Ask all keepers to end their VMs."""
+    def stop(self, grace_s: float | None = None) -> None:
+        """Ask all keepers to end their VMs.
+
+        :param grace_s: what their guests have until they are killed; None: what each VM takes for usual
+        """
         for keeper in self.keepers:
             if not keeper.over:
                 keeper.channel.send({"do": "stop", "grace_s": grace_s})
@@ -202,6 +218,8 @@ class Front:
         for keeper in self.keepers:
             keeper.channel.close()
         _take_back()
+        if self._modes is not None:
+            _set_again(self._modes)
         os.sched_setaffinity(0, self._affinity)
         # What was sent meanwhile has been heard: it must not be met a second time now.
         while signal.sigtimedwait(_WAITED, 0) is not None:
@@ -299,7 +317,7 @@ class Front:
             self.stopped_by = self.stopped_by or number
             for keeper in self.keepers:
                 if not keeper.over:
-                    keeper.channel.send({"do": "stop", "grace_s": GRACE_S, "number": int(number)})
+                    keeper.channel.send({"do": "stop", "grace_s": None, "number": int(number)})
         elif number in _PASSED_ON and not from_terminal:
             self._pass_on(number)
 
@@ -351,6 +369,18 @@ def _take_back() -> None:
     except OSError:
         pass  # it is somebody's
     os.close(tty)
+
+
+def _set_again(modes: list[Any]) -> None:
+    import termios
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
+    try:
+        termios.tcsetattr(0, termios.TCSADRAIN, modes)
+    except termios.error:
+        pass  # it is gone
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _group_of(pid: int) -> int:

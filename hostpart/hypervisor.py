@@ -47,12 +47,13 @@ class Vcpu:
     """One virtual CPU: bound to *pcpu* (Linux's number) from creation to destruction.
 
     :ivar pid: its worker's, with *start* its start time in clock ticks since boot
+    :ivar tid: the worker's thread that it is, where the worker is a process with others; 0: it is the worker
     :ivar state: ``INIT``, ``RUNNING``, ``PAUSED``, ``ZOMBIE`` or ``OFFLINE``
     """
 
     def __init__(self, vcpu_id: int, pcpu: int) -> None:
         self.vcpu_id, self.pcpu = vcpu_id, pcpu
-        self.pid = self.start = 0
+        self.pid = self.start = self.tid = 0
         self.state = "INIT"
 
 
@@ -182,6 +183,11 @@ class Hypervisor:
                 vm.unbound.add(pcpu)
             raise
         return vcpu
+
+    def set_thread(self, vm: Vm, vcpu: Vcpu, tid: int) -> None:
+        """Say which of its worker's threads a vCPU is."""
+        vcpu.tid = tid
+        self.ledger.set_thread(vm.row.id, vcpu.vcpu_id, tid)
 
     def set_state(self, vcpu: Vcpu, state: str) -> None:
         """Take a vCPU to its next state.

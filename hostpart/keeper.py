@@ -27,6 +27,7 @@ from .isolation import Isolation, Wish
 from .isolation.turn import quietly
 from .lease import Holder, Leases, Line
 from .ledger import Ledger, VmRow, boot_id
+from .machines import Machines
 from .occupancy import Guest, Occupancy, process_ns, times
 from .procfs import pinned_alone, read_stat, start_time, threads
 from .topology import read_topology
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from resource import struct_rusage
     from typing import Any, NoReturn
 
+    from . import config
     from .config import ServiceVm, VmConfig
     from .isolation.watch import Watch
     from .occupancy import Occupied
@@ -47,6 +49,7 @@ __all__ = ["Options", "fork_beside", "fork_keeper", "ignore_terminal"]
 
 PERIOD_S = 0.25  # between two looks at the guest; the evidence states it
 _READY_WAIT_S = 30.0
+_FILLED_PER_S = 1 << 28  # bytes of memory, at the slowest
 _STOP_GRACE_S = 5.0
 _DRAIN_S = 2.0  # for all workers' log records together, where nobody reads stderr
 _FOREIGN_TOLD = 100  # pids of foreign tasks on one pCPU: a host that forks all day must not fill the evidence
@@ -147,6 +150,7 @@ class Keeper:
         self._host = Host()
         self.caller = caller
         self.model: DeviceModel
+        self.machines: Machines
         self.ledger: Ledger
         self.server: control.Server | None = None
         self.records: dict[int, evidence.VcpuRecord] = {}
@@ -172,6 +176,7 @@ class Keeper:
         self._occupied: tuple[Occupied, ...] = ()
         self._auditor = Auditor()
         self._orphans_ns: dict[CpuSet, int] = {}
+        self._graceful = False
 
     def run(self) -> NoReturn:
         """Run the VM's whole life and end the process."""
@@ -218,10 +223,12 @@ class Keeper:
         self.model = DeviceModel(
             self.config, self.service, self.caller, [self.front.fileno(), self._wake_r, self._wake_w]
         )
+        self.machines = Machines(self.model, self.records, self._note)
         self.model.attach(Hypervisor(self.topology, Leases(), self.ledger, self.model.boot, self._forget))
         row = VmRow(
             0, self.config.name, 0, self.model.token, boot_id(), "INIT", self.config.vcpus, _guest_text(self.config),
             os.getpid(), start_time(os.getpid()) or 0, self.front_pid, time.time(), log=self.options.log,
+            threaded=int(self.config.threaded), sockets="\n".join(self.model.sockets),
         )  # fmt: skip
         # Where the leaf will be is in the ledger before the leaf is there: killed in between, it is found and removed.
         leaf, _ = cgroup.Leaf.find(self.model.token)
@@ -233,10 +240,10 @@ class Keeper:
         self._isolate()
         if self._watch is not None and self._watch.leaf is not None:
             self.model.leaf = self._watch.leaf
-        elif leaf is not None:
+        elif leaf is not None and not self.model.threads_process:
             self.model.leaf = None if leaf.make() else leaf  # refused: the tree of processes has to do
-        # The supervisor's own work is the service VM's: it goes where that one stays.
-        os.sched_setaffinity(0, vm.kept or self.topology.usable)
+        if not self.config.threaded:
+            self._withdraw()
         crash.point("keeper.leased")
         self.server = control.Server(self.ledger.directory, self.config.name)
         self.model.close_also(self.server.fileno())
@@ -256,31 +263,54 @@ class Keeper:
             self.model.vm_create_vcpu(vcpu_id)
         self.model.all_forked()
         crash.point("keeper.forked")
+        self.machines.prepare()
         self._await_ready()
         crash.point("keeper.ready")
-        for pid, vcpus in self.model.pids.items():
-            pins = CpuSet.of(vcpu.pcpu for vcpu in vcpus)
-            record = evidence.VcpuRecord(self.config.name, vcpus[0].vcpu_id, pins, pid, self.config.guest.kind)
-            record.start(evidence.look(pid))
-            self.records[pid] = record
+        for record in self._new_records():
+            record.start(evidence.look(record.pid, record.tid))
+            self.records[record.tid or record.pid] = record
         self.front.send(
             {
                 "event": "ready",
                 "vm": self.config.name,
                 "vcpus": [
-                    {"vcpu": vcpu.vcpu_id, "pcpu": vcpu.pcpu, "pid": vcpu.pid} for _, vcpu in sorted(vm.vcpus.items())
+                    {
+                        "vcpu": vcpu.vcpu_id,
+                        "pcpu": vcpu.pcpu,
+                        "pid": vcpu.pid,
+                        **({"tid": vcpu.tid} if vcpu.tid else {}),
+                    }
+                    for _, vcpu in sorted(vm.vcpus.items())
                 ],
             }
         )
+        # What there is to do while a QEMU starts is done on the VM's own pCPUs, where nothing runs yet.
+        self._withdraw()
         if self.options.hold:
             self._await_word()
         self._occupancy = Occupancy([record.pin for record in self.records.values()], self._host)
-        self._occupancy.start(self._guest({record.pin: process_ns(pid) or 0 for pid, record in self.records.items()}))
+        whole = [record for record in self.records.values() if record.tid is None]
+        self._occupancy.start(self._guest({record.pin: process_ns(record.pid) or 0 for record in whole}))
         self._auditor = Auditor()
         self.started = time.time()
         self.model.vm_start()
         self.model.lock_memory()
         crash.point("keeper.started")
+
+    def _withdraw(self) -> None:
+        # The supervisor's own work is the service VM's: it goes where that one stays.
+        os.sched_setaffinity(0, self.model.vm.kept or self.topology.usable)
+
+    def _new_records(self) -> list[evidence.VcpuRecord]:
+        # In the vCPUs' order. What one process carries is one record, but for a machine, whose threads have one each.
+        kinds = {vcpu: part.guest.kind for part in self.model.parts for vcpu in part.vcpus}
+        made = []
+        for pid, vcpus in self.model.pids.items():
+            for group in [[vcpu] for vcpu in vcpus] if pid in self.model.machines else [vcpus]:
+                first, pins = group[0], CpuSet.of(vcpu.pcpu for vcpu in group)
+                kind = kinds[first.vcpu_id]
+                made.append(evidence.VcpuRecord(self.config.name, first.vcpu_id, pins, pid, kind, first.tid or None))
+        return made
 
     def _forget(self) -> None:
         for found in recovery.recover(self.ledger):
@@ -303,6 +333,7 @@ class Keeper:
         self._watch = Watch(self.ledger, self._host, vm.row, self._note)
         self.isolation = self._watch.begin(self.options.wish)
         self.model.cpuset_procs = self._watch.procs
+        self.model.threads, self.model.threads_process = self._watch.threads, self._watch.process
         crash.point("keeper.isolated")
 
     def _get_pcpus(self) -> None:
@@ -373,19 +404,54 @@ class Keeper:
                     f"{len(waiting)} workers of VM {self.config.name!r} were not ready after {_READY_WAIT_S:g} s",
                     "the host may be overloaded: see 'uptime', and run it again",
                 )
+        self._await_machines(until)
         for pid in list(self.model.pids):
             if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 raise Failed(
                     f"the worker of VM {self.config.name!r} with pid {pid} was killed before START", "run it again"
                 )
 
+    def _await_machines(self, until: float) -> None:
+        # Their processes are there, and their guests are stopped until START. Memory that is locked is filled first.
+        fill_s = sum(machine.guest.memory_bytes for machine in self.machines.alive()) // _FILLED_PER_S
+        until += fill_s
+        assert self.server is not None  # noqa: S101 - made in _create
+        poll = self._poller(self.server.fileno())
+        while not self.machines.ready():
+            self.machines.listen(poll)
+            self._attend({fd for fd, _ in poll.poll(100)})
+            if time.monotonic() > until:
+                raise Failed(
+                    f"QEMU of VM {self.config.name!r} was not ready after {_READY_WAIT_S + fill_s:g} s",
+                    "the host may be overloaded: see 'uptime', and run it again",
+                )
+
     def _await_word(self) -> None:
-        poll = self._poller()
+        assert self.server is not None  # noqa: S101 - made in _create
+        poll = self._poller(self.server.fileno())
         self._go = False
         while not self._go:
-            poll.poll(1000)
-            if self._interrupted():
-                raise _Cancelled
+            self.machines.listen(poll)
+            self._attend({fd for fd, _ in poll.poll(1000)})
+            self.machines.ready()  # and none has ended
+            self.machines.hear()
+
+    def _attend(self, fds: set[int]) -> None:
+        # What may come before START.
+        if self._wake_r in fds:
+            os.read(self._wake_r, 4096)
+        if self.server is not None and self.server.fileno() in fds:
+            for request in self.server.requests():
+                if request.what == "stop":
+                    self._stopping = True
+                    self._waiters.append(request)
+                else:
+                    request.refuse(Failed(
+                        f"VM {self.config.name!r} starts, and its guest does not run yet",
+                        f"try again when it does: 'hostpart ps'; or end it with 'hostpart stop {self.config.name}'",
+                    ))  # fmt: skip
+        if self._interrupted():
+            raise _Cancelled
 
     def _poller(self, *more: int) -> select.poll:
         poll = select.poll()
@@ -405,10 +471,13 @@ class Keeper:
             poll.register(fd, select.POLLPRI)
         self._next_look = time.monotonic() + PERIOD_S
         self._reap()
+        machines = self.machines
         while self.model.alive:
             now = time.monotonic()
+            machines.listen(poll)
             deadline = self._next_look if self._grace_until is None else min(self._next_look, self._grace_until)
             fds = {fd for fd, _ in poll.poll(max(0.0, deadline - now) * 1000)}
+            machines.hear(fds)
             if self._wake_r in fds:
                 os.read(self._wake_r, 4096)
             for fd in fds.intersection(watched):
@@ -429,11 +498,16 @@ class Keeper:
                 for request in self.server.requests():
                     self._answer(request)
             if self._stopping and self._grace_until is None:
-                self._stop(_STOP_GRACE_S)
+                self._stop(None)
             now = time.monotonic()
             if self._grace_until is not None and now >= self._grace_until:
-                return
+                until = machines.quit() if self._graceful else None
+                if until is None:
+                    return
+                self._grace_until = until
             if now >= self._next_look:
+                machines.hear()
+                machines.kill_late()
                 with self._auditor:
                     self._look()
                 self._next_look = max(self._next_look + PERIOD_S, time.monotonic() + PERIOD_S / 2)
@@ -471,13 +545,15 @@ class Keeper:
 
     def _reap_one(self, pid: int) -> None:
         # While it is a zombie its last figures can still be read; wait4 gives the totals and ends that.
-        record = self.records.get(pid)
+        record, machine = self.records.get(pid), self.model.machines.get(pid)
         last = evidence.look(pid) if record else None
         stat = None if record else read_stat(pid)
         _, status, usage = os.wait4(pid, 0)
+        if machine is not None:
+            status = self.machines.ended(machine, status, started=bool(self.started))
         if record is not None and last is not None:
             record.end(last, usage, status)
-        elif stat is not None:
+        elif stat is not None and machine is None:
             self._count_orphan(stat.processor, _time_ns(usage))
         if pid in self.model.pids:
             self.model.worker_ended(pid, status)
@@ -506,13 +582,20 @@ class Keeper:
     def _sample(self, members: Sequence[tree.Member]) -> None:
         rest = {member.pid for member in members}
         astray: list[tuple[evidence.Drift, CpuSet]] = []
-        for pid, record in self.records.items():
-            if not record.ended:
-                own = tree.below(members, pid)
+        for record in self.records.values():
+            if record.tid is None and not record.ended:
+                own = tree.below(members, record.pid)
                 rest -= {member.pid for member in own}
                 record.sample(own)
                 if record.drift is not None:
                     astray += [(drift, record.pin) for drift in evidence.find_drifts(own, record.pin)]
+        sampled = self.machines.sample(members)
+        rest -= sampled.pids
+        for drift, _ in sampled.others:
+            self._drifts.setdefault((drift.pid, drift.tid), drift)
+        astray += [*sampled.vcpus, *sampled.others]
+        if self.machines.breaches and self.config.on_drift == "kill":
+            self._stop(0.0)
         # Orphans of the guest: whose vCPU they were is not known any more, but the VM's pCPUs they may not leave.
         orphans = [member for member in members if member.pid in rest]
         for drift in evidence.find_drifts(orphans, self.model.pcpus):
@@ -524,8 +607,8 @@ class Keeper:
         if self._occupancy is None:
             return
         online = CpuSet.parse(self._host.read_text("sys/devices/system/cpu/online"))
-        pins = {pid: record.pin for pid, record in self.records.items()}
-        guest = self._guest(times(members, pins))
+        pins = {record.pid: record.pin for record in self.records.values() if record.tid is None}
+        guest = self._guest(times([member for member in members if member.pid not in self.model.machines], pins))
         self._occupancy.look(guest, {member.pid for member in members}, online)
         gone_off = (self.model.pcpus - online) | self._occupancy.went_offline
         if gone_off - self._offline:
@@ -538,7 +621,9 @@ class Keeper:
         for pin, ran_ns in alive_ns.items():
             own_ns = _plus(own_ns, pin, ran_ns)
         for record in self.records.values():
-            if record.rusage is not None:
+            if record.tid is not None:
+                own_ns = _plus(own_ns, record.pin, self.machines.ran_ns(record))
+            elif record.rusage is not None:
                 own_ns = _plus(own_ns, record.pin, _time_ns(record.rusage))
         usage_us = self.model.leaf.cpu_usage_us() if self.model.leaf is not None else None
         forgets = any(record.latest is not None and record.latest.forgets_children for record in self.records.values())
@@ -572,7 +657,8 @@ class Keeper:
                 self._told.add(key)
                 self._note(f"{drift}, not on {pin} alone (on_drift = {self.config.on_drift!r})")
             if self.config.on_drift == "repin":
-                for tid in threads(drift.pid):
+                # A process's threads all belong to one vCPU, or are QEMU's, each with a place of its own.
+                for tid in [drift.tid] if drift.pid in self.model.machines else threads(drift.pid):
                     try:
                         os.sched_setaffinity(tid, pin)
                     except (ProcessLookupError, PermissionError, OSError):
@@ -594,12 +680,25 @@ class Keeper:
             if self.started:
                 self._stop(message["grace_s"], message.get("number", signal.SIGTERM))
 
-    def _stop(self, grace_s: float, number: int = signal.SIGTERM) -> None:
+    def _stop(self, grace_s: float | None, number: int = signal.SIGTERM) -> None:
+        # Without a number of seconds: what is usual, which for a guest operating system is its own power-down's.
+        machines = self.machines.alive()
+        alone = len(machines) == len(self.model.alive)
+        again = self._graceful and bool(machines)
         self._stopping = True
-        if grace_s > 0:
+        kills = grace_s == 0
+        if grace_s is None:
+            usual = [machine.guest.powerdown_s for machine in machines]
+            grace_s = max(usual if machines and alone else [_STOP_GRACE_S, *usual])
+        if again:
+            grace_s = 0.0  # asked twice: the guest has no time any more, QEMU has
+        elif not kills:
+            self._graceful = True
             self.model.signal(number)
             self._resume_quietly()
             self.model.signal(signal.SIGCONT)  # what a terminal stopped has to run too
+            if machines and not self.model.power_down():
+                grace_s = 0.0 if alone else min(grace_s, _STOP_GRACE_S)
         until = time.monotonic() + grace_s
         self._grace_until = until if self._grace_until is None else min(until, self._grace_until)
 
@@ -613,7 +712,7 @@ class Keeper:
     def _answer(self, request: control.Request) -> None:
         try:
             if request.what == "stop":
-                self._stop(request.number("grace_s", _STOP_GRACE_S))
+                self._stop(request.number("grace_s"))
                 self._waiters.append(request)  # answered when nothing is left
                 return
             if request.what == "pause":
@@ -644,8 +743,10 @@ class Keeper:
             return
         model.cancel()
         self._measure_last()
+        self.machines.kill()
         self._finish_tree()
         self._tell_stops()
+        self.machines.close()
         self._cpu_us = model.leaf.cpu_usage_us() if model.leaf else None
         # The row is struck out last: as long as there is something to find, it says where.
         if model.leaf is not None and (self._watch is None or model.leaf is not self._watch.leaf):
@@ -715,13 +816,17 @@ class Keeper:
                 foreign=self._foreign,
                 leftovers=self._leftovers,
                 shares_core=self.model.vm.placement.shares_core,
-                breaches=tuple(self._watch.breaches) if self._watch else (),
+                breaches=(
+                    *(self._watch.breaches if self._watch else ()),
+                    *self.machines.breaches,
+                ),
                 occupied=self._occupied,
                 foreign_limit=self.config.foreign_limit,
                 auditor=self._auditor,
             ),
             cpu_us=self._cpu_us if ended_s else self.model.leaf.cpu_usage_us() if self.model.leaf else None,
             notes=self._notes,
+            machines=[machine.to_json() for machine in self.model.machines.values() if machine.seats],
         )
 
     def _report(self) -> None:
@@ -736,10 +841,15 @@ class Keeper:
 
 
 def _guest_text(config: VmConfig) -> str:
-    guest = config.guest
-    text = f"python {guest.target}" if guest.kind == "python" else " ".join(guest.argv)
+    text = " + ".join(_one_guest_text(guest) for guest in config.guests)
     # An argument may be any bytes; the ledger holds text only.
     return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def _one_guest_text(guest: config.Guest) -> str:
+    if guest.qemu is not None:
+        return " ".join(("qemu", guest.qemu.kernel, *(disk.path for disk in guest.qemu.disks)))
+    return f"python {guest.target}" if guest.kind == "python" else " ".join(guest.argv)
 
 
 def _time_ns(usage: struct_rusage) -> int:

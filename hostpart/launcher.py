@@ -37,7 +37,7 @@ __all__ = ["Launch", "in_order", "launch", "plan", "rehearse", "requests_of", "s
 
 def wish_of(vm: VmConfig, service: ServiceVm) -> Wish:
     """Return how far the host is to be kept off one VM's pCPUs."""
-    return Wish(vm.isolation, vm.scope, vm.require, vm.mems, service.release == "hotplug")
+    return Wish(vm.isolation, vm.scope, vm.require, vm.mems, service.release == "hotplug", vm.threaded)
 
 
 def rehearse(scenario: Scenario, placements: Mapping[str, Placement]) -> tuple[list[str], dict[str, Isolation]]:
@@ -61,7 +61,7 @@ def rehearse(scenario: Scenario, placements: Mapping[str, Placement]) -> tuple[l
             isolation = levels[vm.name] = reach(wish, host, ledger, pcpus | one.idle)
             row = VmRow(
                 0, vm.name, 0, os.urandom(16).hex(), boot_id(), "INIT", len(one.pcpus), "", 0, 0, 0, 0.0,
-                idle=str(one.idle), pcpus=str(pcpus),
+                idle=str(one.idle), pcpus=str(pcpus), threaded=int(wish.threaded),
             )  # fmt: skip
             ledger.isolate(ledger.add_vm(row), isolation.reached, isolation.scope, str(wish.mems), cycle=wish.cycle)
             cycle = wish.cycle or at_least(isolation.reached, "full")
@@ -161,9 +161,14 @@ class Launch:
         :raises HostpartError: why not; :meth:`end` then leaves nothing behind
         """
         front, service = self.front, self.scenario.service
+        guests = [guest.qemu for vm in self.scenario.vms for guest in vm.guests]
+        if any(machine is not None and machine.console == "stdio" for machine in guests):
+            front.keep_terminal()
         planned = self._plan()
         pid, channel = fork_service_vm(service, self.explicit, front.topology, front.caller)
         booted = self.service = front.watch(NAME, pid, channel)
+        if any(guests):
+            from .qemu import machine  # noqa: F401 - every keeper will need it, and here it is waited anyway
         front.wait(lambda: booted.has("booted"))
         kept = CpuSet.parse(booted.said["booted"]["kept"])
         self._release(booted, CpuSet.of(cpu for one in planned.values() for cpu in (*one.pcpus, *one.idle)))

@@ -128,5 +128,11 @@ def _recover(ledger: Ledger, row: VmRow) -> Recovered:
         os.unlink(control.socket_path(ledger.directory, row.name))
     except FileNotFoundError:
         pass  # it was killed before it had one
+    for path in row.sockets.splitlines():
+        try:
+            if control.abandoned(path):
+                os.unlink(path)
+        except OSError:
+            continue  # it is gone, or not this user's to remove
     ledger.remove_vm(row.id)
     return Recovered(row.name, pcpus, tuple(sorted(ended)), left)

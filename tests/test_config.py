@@ -25,11 +25,13 @@ from hostpart.config import (
 )
 from hostpart.cpuset import CpuSet
 from hostpart.errors import ConfigError
+from hostpart.qemu.config import Disk
 from hostpart.toml_table import MAX_BYTES
 
 EXAMPLES = Path(__file__).parents[1] / "hostpart" / "examples"
 EVERY_KEY = EXAMPLES / "every-key.toml"
-VM = '[[vm]]\nname = "a"\nvcpus = 1\ncommand = ["true"]\n'
+BARE = '[[vm]]\nname = "a"\nvcpus = 1\n'
+VM = f'{BARE}command = ["true"]\n'
 
 
 def faults(text: str | bytes) -> tuple[str, ...]:
@@ -203,7 +205,7 @@ def test_a_faulty_setting_is_refused(lines: str, fault: str) -> None:
 @pytest.mark.parametrize(
     ("lines", "fault"),
     [
-        ("", "vm[0]: want a guest: one of command, smp, python"),
+        ("", "vm[0]: want a guest: one of command, smp, python, qemu"),
         ("command = []", "vm[0].command: want a program to run, got an empty list"),
         ('smp = ""', 'vm[0].smp: want a program to run, got ""'),
         ('command = [""]', "vm[0].command: want a program to run, got a list of 1"),
@@ -422,7 +424,10 @@ def test_a_file_that_cannot_be_read_is_a_config_error(tmp_path: Path) -> None:
         (str(tmp_path), "cannot be read: Is a directory"),
         ("/dev/zero", "too large"),
         ("a\0b", "is no file's name"),
-        ("example:../first", "there is no such example; there are commands, every-key, first, four-core, smp"),
+        (
+            "example:../first",
+            "there is no such example; there are commands, every-key, first, four-core, linux-guest",
+        ),
         ("example:", "there is no such example"),
     ]:
         with pytest.raises(ConfigError, match=re.escape(problem)):
@@ -457,13 +462,24 @@ def test_the_example_of_every_key_has_every_key_and_the_defaults() -> None:
     (vm,) = load_scenario("example:every-key").vms
     assert vm == VmConfig("rt", Guest("command", ("true",)), vcpus=1)
     # What an unknown key is told are all the keys there are; those that are comments count as there.
-    unknown = faults("xyzzy = 1\n[[vm]]\nxyzzy = 1")
-    (known,) = (fault.partition("; there are ")[2].split(", ") for fault in unknown if fault.startswith("vm[0].xyzzy"))
-    assert set(re.findall(r"^#?([a-z_]+) = ", text, re.MULTILINE)) == {*known, "keep", "release", "reserve"}
+    unknown = faults("xyzzy = 1\n[[vm]]\nxyzzy = 1\n[vm.qemu]\nxyzzy = 1")
+    known = {
+        key
+        for fault in unknown
+        if fault.startswith("vm[0]") and "xyzzy" in fault
+        for key in fault.partition("; there are ")[2].split(", ")
+    }
+    shown = set(re.findall(r"^#?([a-z_]+) = ", text, re.MULTILINE)) | set(
+        re.findall(r"^#\[+vm\.(\w+)\]", text, re.MULTILINE)
+    )
+    assert shown == {*known, "keep", "release", "reserve"}
 
 
 def test_the_values_that_every_key_shows_as_comments_are_valid() -> None:
-    text = EVERY_KEY.read_text()
+    text, _, machine = EVERY_KEY.read_text().partition("#[vm.qemu]")
+    for key, value in re.findall(r"^#([a-z_]+) = ([^#\n]*)", machine.partition("#[[")[0], re.MULTILINE):
+        boot = "" if key in ("run", "kernel", "disks") else 'run = "true"\n' if key == "output" else 'kernel = "k"\n'
+        parse_scenario(f"{BARE}[vm.qemu]\n{boot}{key} = {value}\n", key)
     for key, value in re.findall(r"^#([a-z_]+) = ([^#\n]*)", text, re.MULTILINE):
         section = f"[service]\n{key} = {value}\n{VM}" if key == "keep" else f"{VM}{key} = {value}\n"
         if key in ("smp", "python"):
@@ -471,6 +487,92 @@ def test_the_values_that_every_key_shows_as_comments_are_valid() -> None:
         if key == "pcpus":
             section = section.replace("vcpus = 1\n", "")
         parse_scenario(section, key)
+
+
+MACHINE_FAULTS = [
+    ("", "vm[0].qemu: want something to boot: kernel = FILE, disks = [FILE], or run = COMMAND for the built-in guest"),
+    ('run = "x"\ninitrd = "i"', "vm[0].qemu.run: is for the built-in guest, which has an initrd of its own"),
+    ('disks = ["d.raw"]\nappend = "x"', "vm[0].qemu.append: is for a kernel, and none is given"),
+    ('disks = ["d.raw"]\ninitrd = "x"', "vm[0].qemu.initrd: is for a kernel, and none is given"),
+    ('kernel = "k"\noutput = "o"', "vm[0].qemu.output: is of the built-in guest's command, and there is none"),
+    ('kernel = "k"\nmemory = "1.5G"', 'vm[0].qemu.memory: want a size such as "512M" or "2G", got "1.5G"'),
+    ('kernel = "k"\nmemory = 512', 'vm[0].qemu.memory: want a size such as "512M" or "2G", got 512'),
+    ('kernel = "k"\nmemory = "9M"', 'vm[0].qemu.memory: want whole megabytes, 16M or more, got "9M"'),
+    ('kernel = "k"\nmemory = "70000K"', "vm[0].qemu.memory: want whole megabytes"),
+    ('kernel = "k"\nmemory = "999999999T"', "vm[0].qemu.memory: want whole megabytes"),
+    ('kernel = "k"\nconsole = "tty:"', "vm[0].qemu.console: want one of stdio, none, file:PATH, unix:PATH"),
+    ('kernel = "k"\nconsole = "file:"', "vm[0].qemu.console: want one of stdio, none, file:PATH, unix:PATH"),
+    ('kernel = "k"\naccelerator = "xen"', "vm[0].qemu.accelerator: want one of auto, kvm, tcg"),
+    ('kernel = "k"\ntopology = "flt"', "vm[0].qemu.topology: want one of mirror, flat"),
+    ('kernel = "k"\non_reboot = "stay"', "vm[0].qemu.on_reboot: want one of restart, end"),
+    ('kernel = "k"\npowerdown = -1', "vm[0].qemu.powerdown: want a number from 0"),
+    ('disks = ["d"]', 'vm[0].qemu.disks: "d" does not say its format'),
+    ('disks = [{ path = "d", size = 3 }]', "vm[0].qemu.disks: want a file, or a table of path, format and readonly"),
+    ('disks = "d.raw"', "vm[0].qemu.disks: want a list of files"),
+    ('kernel = "k"\nkernle = "k"', "vm[0].qemu.kernle: is not a key here; did you mean kernel?"),
+]
+
+
+@pytest.mark.parametrize(("keys", "fault"), MACHINE_FAULTS)
+def test_a_faulty_machine_is_refused(keys: str, fault: str) -> None:
+    assert any(found.startswith(fault) for found in faults(f"{BARE}[vm.qemu]\n{keys}\n")), faults(
+        f"{BARE}[vm.qemu]\n{keys}\n"
+    )
+
+
+def test_a_machine_is_read() -> None:
+    keys = 'kernel = "k"\nmemory = "2G"\ndisks = ["a.QCOW2", { path = "b", format = "raw", readonly = true }]'
+    (vm,) = parse_scenario(f"{BARE}[vm.qemu]\n{keys}\n", "x").vms
+    machine = vm.guest.qemu
+    assert machine is not None
+    assert (vm.threaded, machine.memory_bytes, machine.on_reboot, machine.append) == (True, 2 << 30, "restart", "")
+    assert machine.disks == (Disk("a.QCOW2", "qcow2"), Disk("b", "raw", readonly=True))
+
+
+def test_the_built_in_guest_has_what_it_needs() -> None:
+    (vm,) = parse_scenario(f'{BARE}[vm.qemu]\nrun = ["echo", "a b"]\n', "x").vms
+    machine = vm.guest.qemu
+    assert machine is not None
+    assert (machine.kernel, machine.on_reboot, machine.run) == ("host", "end", "echo 'a b'")
+    assert "console=ttyS0" in machine.append
+
+
+MIXED = """[[vm]]
+name = "a"
+vcpus = 4
+[[vm.guest]]
+vcpus = 2
+[vm.guest.qemu]
+kernel = "k"
+[[vm.guest]]
+vcpus = 1
+command = ["true"]
+[[vm.guest]]
+vcpus = 1
+python = "m:f"
+"""
+
+
+def test_a_vm_may_have_several_guests() -> None:
+    (vm,) = parse_scenario(MIXED, "x").vms
+    assert vm.threaded
+    assert [(part.guest.kind, *part.vcpus) for part in vm.parts(4)] == [("qemu", 0, 1), ("command", 2), ("python", 3)]
+    (plain,) = parse_scenario(VM, "x").vms
+    assert [(part.guest.kind, *part.vcpus) for part in plain.parts(3)] == [("command", 0, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("vcpus = 4", "vcpus = 5", "vm[0].guest: has 4 vCPUs in all, and the VM has 5; want as many"),
+        ("vcpus = 4", 'vcpus = "rest"', "vm[0].guest: has 4 vCPUs in all, and the VM has the rest; want as many"),
+        ("vcpus = 4", 'vcpus = 4\nsmp = "x"', "vm[0].smp: belongs under one of [[vm.guest]] where there are such"),
+        ("vcpus = 2\n", "", "vm[0].guest[0].vcpus: is missing: want how many of the VM's vCPUs this guest has"),
+        ('command = ["true"]', "nice = 1", "vm[0].guest[1]: want a guest: one of command, smp, python, qemu"),
+    ],
+)
+def test_a_faulty_mix_is_refused(old: str, new: str, fault: str) -> None:
+    assert fault in faults(MIXED.replace(old, new, 1))
 
 
 def test_importing_it_loads_nothing_that_is_slow() -> None:

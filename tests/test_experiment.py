@@ -19,6 +19,7 @@ from hostpart import procfs
 from hostpart.errors import ConfigError, Failed, UsageError
 from hostpart.experiment import design, results
 
+from . import guest_os
 from .conftest import Place, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,6 +87,10 @@ def test_all_faults_are_told_at_once() -> None:
     name = "x"
     unit = "s"
     options = { json = true, threshold_ns = -1, seconds = 3 }
+    [[victim]]
+    command = ["x"]
+    name = "y"
+    qemu = { run = "true", memry = "1G" }
     [[aggressor]]
     probe = "spin"
     options = { secnds = 3 }
@@ -108,6 +113,9 @@ def test_all_faults_are_told_at_once() -> None:
         "victim[3].options.json: is the experiment's to say",
         "victim[3].options.seconds: is the experiment's to say: seconds at the top",
         "victim[3].options.threshold_ns: ",
+        "victim[4].qemu: is for a probe",
+        "victim[4].qemu.run: is not for this place",
+        "victim[4].qemu.memry: is not a key here; did you mean memory?",
         "aggressor[0].options.secnds: probe 'spin' has no option",
         "aggressor[0].count: want a whole number from 1",
     ):
@@ -303,6 +311,28 @@ def test_an_experiment_from_its_plan_to_its_runs(place: Place, tmp_path: Path) -
     again = place.run("experiment", file, "--out", str(out))
     assert "all 3 runs are made already" in again.stderr
     assert len(_runs(out)) == 3
+
+
+@pytest.mark.skipif(bool(guest_os.lacks()), reason=guest_os.lacks() or "-")
+def test_a_victim_inside_a_guest_and_its_aggressor_outside(place: Place, tmp_path: Path) -> None:
+    machine = f'\nqemu = {{ kernel = "{guest_os.kernel()}", append = "{guest_os.QUIET}", accelerator = "tcg" }}\n'
+    file, out = _file(tmp_path, QUICK.replace("\n[[aggressor]]", f"{machine}[[aggressor]]")), tmp_path / "out"
+    done = place.run("experiment", file, "--out", str(out), timeout=200)
+    assert done.returncode == 0, done.stderr
+    document = json.loads((out / "experiment.json").read_text())
+    assert document["design"]["victims"][0]["qemu"]["accelerator"] == "tcg"
+    _check("experiment", document)
+    runs = _runs(out)
+    assert [run["victim"] for run in runs] == ["noise-in-guest"] * 3
+    for run in runs:
+        _check("run", run)
+        # It ran inside, where there is one CPU, and its VM's evidence is of the thread that was this CPU.
+        assert run["record"]["where"]["cpus_allowed"] == "0"
+        (vcpu,) = run["evidence"]["vcpus"]
+        assert (vcpu["kind"], vcpu["pcpu"]) == ("qemu", run["victim_pcpu"])
+        assert run["metrics"]["time_lost"]["value"] > 0
+    assert [len(run["aggressors"]) for run in runs] == [0, 2, 0]
+    assert place.is_clean()
 
 
 @needs_two

@@ -386,11 +386,12 @@ def test_a_recycled_pid_is_nobodys_keeper_and_is_left_alone(
 def test_a_row_of_another_boot_names_no_process_of_this_one(
     place: Place, other: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
-    process = other(env={**os.environ, "HOSTPART_RUN": "00" * 16})
+    token = os.urandom(16).hex()
+    process = other(env={**os.environ, "HOSTPART_RUN": token})
     began = procfs.start_time(process.pid)
     assert began is not None
     with Ledger(str(place.runtime)) as ledger:
-        ledger.add_vm(VmRow(0, "vm", 0, "00" * 16, "another", "RUNNING", 1, "x", process.pid, began, process.pid, 0.0))
+        ledger.add_vm(VmRow(0, "vm", 0, token, "another", "RUNNING", 1, "x", process.pid, began, process.pid, 0.0))
     assert place.run("restore").returncode == 0
     assert process.poll() is None
     assert place.is_clean()
@@ -403,7 +404,9 @@ def test_a_keeper_that_nobody_reaps_is_gone_all_the_same(place: Place) -> None:
         assert began is not None
         with Ledger(str(place.runtime)) as ledger:
             ledger.add_vm(
-                VmRow(0, "vm", 0, "00" * 16, boot_id(), "RUNNING", 1, "x", zombie.pid, began, zombie.pid, 0.0)
+                VmRow(
+                    0, "vm", 0, os.urandom(16).hex(), boot_id(), "RUNNING", 1, "x", zombie.pid, began, zombie.pid, 0.0
+                )
             )
         assert place.run("run", "--name", "vm", "--", "true").returncode == 0
         assert place.is_clean()

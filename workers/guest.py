@@ -21,15 +21,19 @@ class Command:
     """A command, found in ``PATH`` as execvp(3) does and executed in the worker's place: same pid, same pin.
 
     A file without a ``#!`` line goes to ``/bin/sh``, as with env(1) and a shell.
+
+    :param inherited: descriptors that the command is given, by their numbers, beside those that every guest has
     """
 
     execs = True
 
-    def __init__(self, argv: Sequence[str]) -> None:
-        self.argv = list(argv)
+    def __init__(self, argv: Sequence[str], inherited: Sequence[int] = ()) -> None:
+        self.argv, self.inherited = list(argv), inherited
 
     def __call__(self, order: Order) -> NoReturn:
         settle_signals(order)
+        for fd in self.inherited:
+            os.set_inheritable(fd, True)
         if order.mlock:
             be_traced()  # the keeper locks the memory of what this becomes
         number = errno.ENOENT

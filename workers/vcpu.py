@@ -64,6 +64,7 @@ class Order:
     :ivar status_fd: the pipe to write lines to
     :ivar start_fd: the pipe to read START from
     :ivar pgrp: the process group to join (the terminal's foreground job), or None
+    :ivar session: whether to be in a session of its own instead: the terminal's signals do not reach it
     :ivar stdin_fd: what to put at descriptor 0, or None to keep what is there; so for *stdout_fd*, *stderr_fd*
     :ivar mask: signals blocked in the guest
     :ivar ignored: signals ignored in the guest; all others have their default action
@@ -91,6 +92,7 @@ class Order:
         "pcpus",
         "pgrp",
         "scheduler",
+        "session",
         "start_fd",
         "status_fd",
         "stderr_fd",
@@ -113,6 +115,7 @@ class Order:
         lease_fds: Sequence[int] = (),
         close_fds: Sequence[int] = (),
         pgrp: int | None = None,
+        session: bool = False,
         stdin_fd: int | None = None,
         stdout_fd: int | None = None,
         stderr_fd: int | None = None,
@@ -132,7 +135,7 @@ class Order:
         self.pgrp, self.stdin_fd, self.stdout_fd, self.stderr_fd = pgrp, stdin_fd, stdout_fd, stderr_fd
         self.mask, self.ignored, self.enter, self.cwd = mask, ignored, enter, cwd
         self.ids, self.scheduler, self.nice, self.mlock, self.log = ids, scheduler, nice, mlock, log
-        self.mems = mems
+        self.mems, self.session = mems, session
 
     def tell(self, *words: object) -> None:
         """Write one line to the keeper; nobody may be there to read it any more."""
@@ -219,7 +222,9 @@ def _work(order: Order, keeper: int) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, _ALL)
         die_with(keeper)
         crash.point("worker.born")
-        if order.pgrp is not None:
+        if order.session:
+            os.setsid()
+        elif order.pgrp is not None:
             try:
                 os.setpgid(0, order.pgrp)
             except OSError:

@@ -16,7 +16,9 @@ _PCPU_HEADERS = ("pCPU", "others s", "irq ms", "softirq ms", "steal ms", "top in
 
 def summary(doc: Mapping[str, Any], *, colour: bool = False) -> str:
     """Return a document of :func:`document` for people: two tables, and the verdict with its reasons below."""
-    headers = ("vCPU", "pCPU", "pid", "seen on", "looks", "moved", "waited", "preempted", "run s", "queued ms", "exit")
+    thread = any(vcpu["tid"] for vcpu in doc["vcpus"])
+    who = "thread" if thread else "pid"
+    headers = ("vCPU", "pCPU", who, "seen on", "looks", "moved", "waited", "preempted", "run s", "queued ms", "exit")
     rows = []
     for vcpu in doc["vcpus"]:
         run_ns, wait_ns = vcpu["run_ns"]["value"], vcpu["wait_ns"]["value"]
@@ -24,7 +26,7 @@ def summary(doc: Mapping[str, Any], *, colour: bool = False) -> str:
             (
                 vcpu["vcpu"],
                 vcpu["pcpus"],
-                vcpu["pid"],
+                vcpu["tid"] or vcpu["pid"],
                 vcpu["cpus_seen"],
                 vcpu["looks"],
                 vcpu["migrations"]["value"],
@@ -40,7 +42,16 @@ def summary(doc: Mapping[str, Any], *, colour: bool = False) -> str:
         lines.append(table(_PCPU_HEADERS, [_pcpu_row(pcpu) for pcpu in doc["pcpus"]], colour=colour))
     lines.append(f"{doc['vm']}: {doc['verdict'] or 'no verdict'}")
     lines += [f"  {text}" for text in (*doc["reasons"], *doc["notes"])]
+    lines += [f"  {_machine_text(machine)}" for machine in doc.get("machines", ())]
     return "\n".join(lines)
+
+
+def _machine_text(machine: Mapping[str, Any]) -> str:
+    end = f"; {machine['end']}" if machine["end"] else ""
+    resets = f", reset {machine['resets']} times" if machine["resets"] else ""
+    why = f" ({machine['accelerator_why'].partition(': ')[0]})" if machine["accelerator_why"] else ""
+    text = f"QEMU (pid {machine['pid']}) by {machine['accelerator']}{why}, its own threads on pCPU"
+    return f"{text} {machine['emulator_pcpus']}{resets}{end}"
 
 
 def _pcpu_row(pcpu: Mapping[str, Any]) -> tuple[object, ...]:

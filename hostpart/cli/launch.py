@@ -25,6 +25,7 @@ from .table import colour_wanted, table
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any
 
     from ..config import Scenario
@@ -237,8 +238,21 @@ class _Teller:
             for event in self.ready_events():
                 self._print_json(event)
             return
-        rows = [[m["vm"], v["vcpu"], v["pcpu"], v["pid"]] for m in self.ready for v in m["vcpus"]]
-        self._print(table(["VM", "vCPU", "pCPU", "pid"], rows, colour=self.colour))
+        self._print(self.vcpus_table())
+
+    def vcpus_table(self, logs: Mapping[str, str] | None = None) -> str:
+        """Return where each vCPU is.
+
+        :param logs: the file that has each VM's output, by its name
+        """
+        headers, rows = ["VM", "vCPU", "pCPU", "pid"], []
+        vcpus = [(message["vm"], vcpu) for message in self.ready for vcpu in message["vcpus"]]
+        threads = any("tid" in vcpu for _, vcpu in vcpus)
+        headers += [*(["thread"] if threads else []), *(["output"] if logs else [])]
+        for name, vcpu in vcpus:
+            row = [name, vcpu["vcpu"], vcpu["pcpu"], vcpu["pid"]]
+            rows.append([*row, *([vcpu.get("tid")] if threads else []), *([logs[name]] if logs else [])])
+        return table(headers, rows, colour=self.colour and not logs)
 
     def _booted(self, message: dict[str, Any]) -> None:
         pcpus = CpuSet.of(vcpu["pcpu"] for vcpu in message["vcpus"])
@@ -391,12 +405,7 @@ class _Detached(_Teller):
         if self.json:
             text = "".join(json.dumps(event) + "\n" for event in self.ready_events())
         else:
-            rows = [
-                [m["vm"], v["vcpu"], v["pcpu"], v["pid"], self.logs[m["vm"]]] for m in self.ready for v in m["vcpus"]
-            ]
-            text = "\n".join(
-                [*self.level_texts(), table(["VM", "vCPU", "pCPU", "pid", "output"], rows, colour=False), ""]
-            )
+            text = "\n".join([*self.level_texts(), self.vcpus_table(self.logs), ""])
         self._tell(b"0" + text.encode())
 
     def failed(self, error: HostpartError) -> bool:

@@ -6,6 +6,7 @@ import argparse
 
 from .. import control
 from ..front import GRACE_S, say
+from ..qemu.config import MAX_POWERDOWN_S
 from . import options
 
 __all__ = ["add", "run"]
@@ -16,7 +17,8 @@ _KILL_WAIT_S = 10.0  # what a keeper may need to end a large tree
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
-        "End a VM: SIGTERM to its guests, SIGKILL to what is left after the grace time.\n"
+        "End a VM: SIGTERM to its guests, SIGKILL to what is left after the grace time. A guest under QEMU has its\n"
+        "power button pressed; after that time QEMU is told to quit. Asked twice, it quits at once.\n"
         "Returns when its pCPUs are free."
     )
     parser.epilog = "Exit status: 0 it is gone, 1 it is not, 2 there is no such VM, 4 it is not yours."
@@ -25,9 +27,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "-t",
         "--time",
         type=options.seconds,
-        default=GRACE_S,
         metavar="SECONDS",
-        help=f"the grace time (default: {GRACE_S:g})",
+        help=f"the grace time (default: {GRACE_S:g}; under QEMU: its 'powerdown')",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -35,7 +36,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """End them, one after the other."""
     for name in args.vm:
-        answer = control.ask(control.find(name), name, {"do": "stop", "grace_s": args.time}, args.time + _KILL_WAIT_S)
+        wait_s = (MAX_POWERDOWN_S if args.time is None else args.time) + _KILL_WAIT_S
+        answer = control.ask(control.find(name), name, {"do": "stop", "grace_s": args.time}, wait_s)
         # A VM of attached processes has no front that would have said so.
         notes = answer.get("notes", [])
         for text in notes:

@@ -61,6 +61,7 @@ class Victim(Value):
     :ivar better: of a command's figure: ``lower`` or ``higher``
     :ivar tool: what wrote a command's output, one of cyclictest, oslat, stress-ng, rtla-osnoise, rtla-timerlat;
         empty: none of them
+    :ivar qemu: the machine that the probe runs in, as the built-in guest's command; None: it runs on the host
     """
 
     name: str
@@ -71,6 +72,7 @@ class Victim(Value):
     unit: str = ""
     better: str = "lower"
     tool: str = ""
+    qemu: tuple[tuple[str, object], ...] | None = None
 
 
 class Aggressor(Value):
@@ -124,7 +126,10 @@ class Design(Value):
         """Return it as ``experiment.json`` has it."""
 
         def program(one: Victim | Aggressor) -> dict[str, Any]:
-            return {**one.asdict(), "command": list(one.command), "options": dict(one.options)}
+            found = {**one.asdict(), "command": list(one.command), "options": dict(one.options)}
+            if "qemu" in found:
+                found["qemu"] = None if found["qemu"] is None else dict(found["qemu"])
+            return found
 
         return {
             **self.asdict(),
@@ -238,9 +243,24 @@ def _read_victim(table: Table) -> Victim:
             table.fault(key, "is for a command; a probe says it itself")
     if command:
         _check_command(table, metric, tool)
-    name = table.read("name", _name, probe or _name_of(command[0] if command else "") or "command")
+    qemu = _read_machine(table, command) if "qemu" in table.rest else None
+    table.known.append("qemu")
+    # The same probe outside is what it is compared with.
+    default = f"{probe}-in-guest" if qemu is not None else probe or _name_of(command[0] if command else "")
+    name = table.read("name", _name, default or "command")
     table.refuse_others()
-    return Victim(name, probe, command, options, metric, unit, better, tool)
+    return Victim(name, probe, command, options, metric, unit, better, tool, qemu)
+
+
+def _read_machine(table: Table, command: tuple[str, ...]) -> tuple[tuple[str, object], ...]:
+    from ..qemu import config
+
+    if command:
+        table.fault("qemu", "is for a probe: the built-in guest has no other programs")
+    keys = table.table("qemu")
+    given = tuple(keys.rest.items())
+    config.read_machine(keys, "true", "record")
+    return given
 
 
 def _read_aggressor(table: Table) -> Aggressor:

@@ -253,13 +253,19 @@ class Runner:
     def _measure(self, run: Run, victim: Victim, condition: Condition, document: dict[str, Any]) -> None:
         evidence = f"{self._folder}/evidence.json"
         scope = self.design.scope.replace(OWN_SCOPE, f"tree:{os.getpid()}")
-        words = (
-            *("run", "--name", f"victim-{os.getpid()}", "--pcpus", str(condition.victim_pcpu)),
-            # A victim has its core for itself, but where the core's other thread is what it is to share.
-            *("--smt", "shared" if condition.degree == "sibling" else "exclusive"),
-            *("--isolation", condition.isolation, "--require", *(("--scope", scope) if scope else ())),
-            *("--evidence", evidence, "--probe", victim.probe or "command", *_options(victim, self.design)),
-        )
+        # A victim has its core for itself, but where the core's other thread is what it is to share.
+        smt = "shared" if condition.degree == "sibling" else "exclusive"
+        if victim.qemu is None:
+            words = (
+                *("run", "--name", f"victim-{os.getpid()}", "--pcpus", str(condition.victim_pcpu), "--smt", smt),
+                *("--isolation", condition.isolation, "--require", *(("--scope", scope) if scope else ())),
+                *("--evidence", evidence, "--probe", victim.probe or "command", *_options(victim, self.design)),
+            )
+        else:
+            path, evidence = f"{self._folder}/victim.toml", f"{self._folder}/victim-{os.getpid()}.json"
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(self._scenario(victim, condition, smt, scope))
+            words = ("launch", path, "--results", self._folder)
         argv = load.argv(self._usable, "hostpart", *words)
         process = _Process(victim.name, CpuSet(), "", argv, _environ(), f"{self._folder}/victim")
         limit = self.design.timeout if victim.command else self.design.seconds + self.design.warmup + _PROBE_WAIT_S
@@ -280,7 +286,7 @@ class Runner:
         _take_evidence(evidence, document)
         if document["error"] is not None:
             return
-        record = process.record()
+        record = process.record("out" if victim.qemu is None else "record")
         if record is None or process.status:
             document["error"] = {
                 "problem": f"{victim.name} gave no record (exit status {process.status}){process.last_words()}",
@@ -293,6 +299,35 @@ class Runner:
                 "problem": f"{victim.name} did not measure {document['primary'] or victim.metric or 'anything'}",
                 "remedy": f"take a metric that it has: {', '.join(record['metrics']) or 'it has none'}",
             }
+
+    def _scenario(self, victim: Victim, condition: Condition, smt: str, scope: str) -> str:
+        # Of a victim inside a guest operating system: the same VM, with a machine in it.
+        vm = {
+            "name": f"victim-{os.getpid()}",
+            "pcpus": [condition.victim_pcpu],
+            "smt": smt,
+            "isolation": condition.isolation,
+            "require": True,
+            **({"scope": scope} if scope else {}),
+        }
+        machine = {
+            **dict(victim.qemu or ()),
+            "run": " ".join(("probe", victim.probe, *_options(victim, self.design))),
+            "console": f"file:{self._folder}/victim.console",
+            "output": f"{self._folder}/victim.record",
+        }
+        lines = ["[[vm]]", *(f"{key} = {_toml(value)}" for key, value in vm.items())]
+        lines += ["[vm.qemu]", *(f"{key} = {_toml(value)}" for key, value in machine.items())]
+        return "\n".join((*lines, ""))
+
+
+def _toml(value: object) -> str:
+    # What JSON writes of text, numbers and truth is TOML too; tables it writes with colons.
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{_toml(key)} = {_toml(item)}' for key, item in value.items())} }}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value)
 
 
 class _NotBegun(Exception):
@@ -353,8 +388,8 @@ class _Process:
             os.killpg(self._child.pid, signal.SIGKILL)
             self._child.wait()
 
-    def record(self) -> dict[str, Any] | None:
-        lines = [line for line in self._tail("out").splitlines() if line.startswith('{"schema"')]
+    def record(self, kind: str = "out") -> dict[str, Any] | None:
+        lines = [line for line in self._tail(kind).splitlines() if line.startswith('{"schema"')]
         try:
             found = json.loads(lines[-1]) if lines else None
             json.dumps(found, allow_nan=False)
@@ -366,9 +401,12 @@ class _Process:
         return dict(found)
 
     def last_words(self) -> str:
-        lines = [line.removeprefix("hostpart: ") for line in self._tail("err").strip().splitlines()]
+        lines = [line.removeprefix("hostpart: ") for line in self._said().strip().splitlines()]
         said = [line for line in lines if not line.startswith("try: ")]
         return f": {' / '.join(said[-2:])}" if said else ""
+
+    def _said(self) -> str:
+        return f"{self._tail('console')}\n{self._tail('err')}"
 
     def _tail(self, kind: str) -> str:
         try:
@@ -412,6 +450,8 @@ def _options(victim: Victim, design: Design) -> tuple[str, ...]:
 def _alone(victim: Victim, condition: Condition) -> str:
     import shlex
 
+    if victim.qemu is not None:
+        return "'hostpart launch' with the victim's keys under [vm.qemu], and run = \"probe " + f'{victim.probe}"'
     guest = ["--probe", victim.probe] if victim.probe else ["--", *victim.command]
     options = [f"--{name.replace('_', '-')}={text}" for name, text in victim.options]
     return shlex.join(["hostpart", "run", "--pcpus", str(condition.victim_pcpu), *guest, *options])

@@ -251,4 +251,5 @@ def _made(one: Mapping[str, Any]) -> str:
     what = one.get("probe") or " ".join(map(str, one.get("command") or ())) or "?"
     options = " ".join(f"{name}={value}" for name, value in (one.get("options") or {}).items())
     many = f"{one['count']} × " if one.get("count") else ""
-    return f"{many}{what}{f' {options}' if options else ''}{' in a VM' if one.get('vm') else ''}"
+    where = " in a VM" if one.get("vm") else " in a guest under QEMU" if one.get("qemu") is not None else ""
+    return f"{many}{what}{f' {options}' if options else ''}{where}"
