@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tests.vm import debian
 from tests.vm.cache import LabError
+from tests.vm.cargo import CARGOES
 from tests.vm.image import HOME, project
 from tests.vm.machine import SETUPS, TOPOLOGIES, Kind, booted, resumed
 
@@ -26,13 +27,14 @@ def main() -> int:
     parser.add_argument("-s", "--setup", choices=SETUPS, default="v2")
     parser.add_argument("-t", "--topology", choices=[*TOPOLOGIES], default="2x2x2")
     parser.add_argument("-a", "--cmdline", default="", help="more words for the kernel's command line")
+    parser.add_argument("--cargo", choices=CARGOES, default="", help="what else is there")
     parser.add_argument("-T", "--limit", type=float, default=300, metavar="SECONDS", help="the machine is ended then")
     parser.add_argument("-c", action="store_true", dest="shell", help="SCRIPT is a command line for the guest's shell")
     parser.add_argument("--add", action="append", default=[], metavar="FILE:PATH", help="one more file for the guest")
     parser.add_argument("script", metavar="SCRIPT", help="a file with a #! line, or one that ends with .py")
     parser.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS")
     args = parser.parse_args()
-    kind = Kind(args.kernel, args.setup, args.topology, args.cmdline)
+    kind = Kind(args.kernel, args.setup, args.topology, args.cmdline, args.cargo)
     added = io.BytesIO()
     argv = ["/bin/sh", "-c", args.script, "sh", *args.args]
     with tarfile.open(fileobj=added, mode="w:gz") as archive:

@@ -1,8 +1,8 @@
 """Cases that run in virtual machines: outside they are ordinary items, whose reports come from inside.
 
-``@pytest.mark.vm(kernels=..., setups=..., topology=..., cmdline=..., limit_s=..., every=...)`` on a test function, a
-class or a file makes a case; the nearest mark's words count. Inside, the same files are collected and the functions
-really run.
+``@pytest.mark.vm(kernels=..., setups=..., topology=..., cmdline=..., cargo=..., limit_s=..., every=...)`` on a test
+function, a class or a file makes a case; the nearest mark's words count. Inside, the same files are collected and the
+functions really run.
 
 Each time a case runs on one of its kernels, or on those that ``every`` names: True stands for all, ``()`` for none. On
 the others it runs with ``HOSTPART_VM_FULL=1``, or where ``-k`` asks for it: all together take hours.
@@ -19,6 +19,7 @@ import pytest
 
 from tests.vm import debian
 from tests.vm.cache import LabError, Unavailable
+from tests.vm.cargo import CARGOES
 from tests.vm.host import lacking
 from tests.vm.image import HOME, ROOT, project
 from tests.vm.machine import SETUPS, TOPOLOGIES, Dead, Kind, collected, resumed
@@ -29,6 +30,7 @@ _DEFAULTS: dict[str, Any] = {
     "setups": ("v2",),
     "topology": "2x2x2",
     "cmdline": "",
+    "cargo": "",
     "limit_s": 120,
     "every": None,
 }
@@ -39,7 +41,7 @@ _TRIES = 3
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "vm(kernels, setups, topology, cmdline, limit_s, every): runs in virtual machines"
+        "markers", "vm(kernels, setups, topology, cmdline, cargo, limit_s, every): runs in virtual machines"
     )
 
 
@@ -55,7 +57,8 @@ def _wants(node: pytest.Item) -> dict[str, Any] | None:
         every = (_USUAL,) if _USUAL in wants["kernels"] else wants["kernels"][:1]
     wants["every"] = wants["kernels"] if every is True else tuple(every)
     known = set(wants["kernels"]) | set(wants["every"]) <= set(debian.KERNELS) and set(wants["setups"]) <= set(SETUPS)
-    if len(wants) != len(_DEFAULTS) or not known or wants["topology"] not in TOPOLOGIES:
+    known = known and wants["topology"] in TOPOLOGIES and wants["cargo"] in ("", *CARGOES)
+    if len(wants) != len(_DEFAULTS) or not known:
         raise pytest.UsageError(f"{node.nodeid}: the mark vm has words that the lab does not know: {wants}")
     return wants
 
@@ -109,7 +112,7 @@ def _reports(item: pytest.Function) -> list[pytest.TestReport]:
     assert wants is not None
     named: Any = item.callspec.params["machine"]
     kernel, setup = named
-    kind = Kind(kernel, setup, wants["topology"], wants["cmdline"])
+    kind = Kind(kernel, setup, wants["topology"], wants["cmdline"], wants["cargo"])
     # What could not be had for one case is not tried again for the next.
     lacks = item.config.stash.setdefault(_LACKS, {})
     try:

@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.vm import debian
+from tests.vm import cargo, debian
 from tests.vm.cache import CACHE, LabError, digest, filled, locked
 from tests.vm.image import image
 
@@ -31,6 +31,7 @@ SETUPS = ("v2", "v1", "systemd")
 # QEMU's -smp, the CPUs of each NUMA node, megabytes. Under TCG SMT siblings are seen with Intel's models only.
 TOPOLOGIES = {
     "2x2x2": ("8,sockets=2,dies=1,cores=2,threads=2", ("0-3", "4-7"), 768),
+    "2x2x2-roomy": ("8,sockets=2,dies=1,cores=2,threads=2", ("0-3", "4-7"), 1536),
     "16": ("16,sockets=2,dies=2,cores=2,threads=2", ("0-7", "8-15"), 1024),
     "1": ("1,sockets=1,dies=1,cores=1,threads=1", ("0",), 512),
 }
@@ -63,16 +64,17 @@ class Dead(LabError):
 
 
 class Kind:
-    """Which machine: kernel series, set-up, topology, and more words for the kernel's command line."""
+    """Which machine: kernel series, set-up, topology, more words for the kernel's command line, and what is brought in
+    once it has booted (one of :data:`tests.vm.cargo.CARGOES`, or nothing)."""
 
-    def __init__(self, kernel: str, setup: str, topology: str = "2x2x2", cmdline: str = "") -> None:
-        self.kernel, self.setup, self.topology, self.cmdline = kernel, setup, topology, cmdline
+    def __init__(self, kernel: str, setup: str, topology: str = "2x2x2", cmdline: str = "", cargo: str = "") -> None:
+        self.kernel, self.setup, self.topology, self.cmdline, self.cargo = kernel, setup, topology, cmdline, cargo
 
     @property
     def label(self) -> str:
         """A name for files: the same for the same kind, whatever is in its image."""
         more = f"-{digest([self.cmdline])[:6]}" if self.cmdline else ""
-        return f"{self.kernel}-{self.setup}-{self.topology}{more}"
+        return f"{self.kernel}-{self.setup}-{self.topology}{more}{self.cargo and '-'}{self.cargo}"
 
     def command(self) -> list[str]:
         """Return the command line of QEMU that boot and resume share."""
@@ -295,7 +297,25 @@ def booted(kind: Kind) -> Path:
 
     :raises LabError: if it can't be had
     """
+    return _laden(kind) if kind.cargo else _bare(kind)
 
+
+def _laden(kind: Kind) -> Path:
+    state = _bare(Kind(kind.kernel, kind.setup, kind.topology, kind.cmdline))
+    chunks = [*cargo.brought(kind.kernel)]
+
+    def make(path: Path, limit_s: float) -> None:
+        with resumed(kind, state) as machine, machine.limit(limit_s):
+            for chunk in chunks:
+                machine.say({"do": "unpack"}, chunk)
+            if machine.say({"do": "execute", "argv": [f"/{cargo.LOADER}"], "cwd": "/"})["status"]:
+                raise LabError("\n".join(["the guest could not take its cargo:", *machine.console[-60:]]))
+            machine.save(path)
+
+    return _saved(f"boot-{kind.label}", [state, *chunks], make)
+
+
+def _bare(kind: Kind) -> Path:
     def make(path: Path, limit_s: float) -> None:
         with Machine(kind, kind.start()) as machine, machine.limit(limit_s):
             said = machine.hear()
