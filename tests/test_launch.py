@@ -99,6 +99,17 @@ def test_the_pins_in_json_agree_with_the_kernel_while_the_guests_run(place: Plac
     assert place.is_clean()
 
 
+@pytest.mark.parametrize("command", [("launch", "example:first"), ("topology",)])
+def test_output_that_has_no_room_is_an_error_and_nothing_is_left(place: Place, command: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        process = place.start(*command, stdout=full)
+        said = process.communicate(timeout=30)[1]
+    assert process.returncode == 1
+    assert "standard output can't be written: No space left on device\ntry: make room" in said
+    assert "Traceback" not in said
+    assert place.is_clean()
+
+
 def test_with_json_stdout_is_json_lines_and_the_guests_write_to_stderr(place: Place, scenario: Write) -> None:
     done = place.run("launch", "--json", scenario('command = ["sh", "-c", "echo to stdout; echo to stderr >&2"]'))
     assert done.returncode == 0

@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         print(f"hostpart: there is no command {command!r}{hint}\ntry: hostpart --help", file=sys.stderr)
         return 2
-    from ..errors import HostpartError, worded
+    from ..errors import Failed, HostpartError, worded
 
     try:
         try:
@@ -146,11 +146,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + 13
     except OSError as error:
-        # The caller's limits can be met at any step; anything else is a mistake of this program's, and keeps its
-        # traceback.
-        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.EAGAIN):
+        # The caller's limits can be met at any step, and so can the end of the disk that the output goes to; anything
+        # else is a mistake of this program's, and keeps its traceback.
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None
+        if not full and error.errno not in (errno.EMFILE, errno.ENFILE, errno.EAGAIN):
             raise
-        reason = worded(error)
+        reason: HostpartError = worded(error)
+        if full:
+            reason = Failed(f"standard output can't be written: {error.strerror}", "make room where it goes: see 'df'")
         print(f"hostpart: {reason}\ntry: {reason.remedy}", file=sys.stderr)
         return int(getattr(sys.modules.get(f"{__name__}.{command}"), "FAILED", reason.exit_code))
     except KeyboardInterrupt:
