@@ -20,6 +20,7 @@ from tests.vm.command import Started, run, start, wait_until
 from tests.vm.fingerprint import difference, fingerprint
 from tests.vm.onlooker import Onlooker, Thread
 from tests.vm.sector import SAYS, sector
+from tests.vm.seldom import SELDOM
 
 pytestmark = pytest.mark.vm(cargo="qemu", topology="2x2x2-roomy", limit_s=300)
 
@@ -264,7 +265,7 @@ def isolated(folder: Path, level: str) -> tuple[Started, list[VcpuRow]]:
     return front, rows
 
 
-@pytest.mark.parametrize("level", ["cpuset", "full"])
+@pytest.mark.parametrize("level", [pytest.param("cpuset", marks=SELDOM), "full"])
 def test_the_host_is_kept_off_until_the_guest_ends(host: dict[str, str], tmp_path: Path, level: str) -> None:
     onlooker = Onlooker(ASIDE)
     front, rows = isolated(tmp_path, level)
@@ -277,7 +278,7 @@ def test_the_host_is_kept_off_until_the_guest_ends(host: dict[str, str], tmp_pat
     assert_shown(doc, [row.tid for row in rows], (2, 4))
 
 
-@pytest.mark.parametrize("who", ["qemu", "keeper", "front", "all"])
+@pytest.mark.parametrize("who", ["qemu", *(pytest.param(who, marks=SELDOM) for who in ("keeper", "front")), "all"])
 def test_nothing_is_left_of_what_is_killed(host: dict[str, str], tmp_path: Path, who: str) -> None:
     front, rows = isolated(tmp_path, "full")
     pids = {"qemu": rows[0].pid, "keeper": keeper("os"), "front": front.pid}
@@ -302,7 +303,7 @@ def about_note(doc: dict[str, Any], *words: str) -> list[str]:
 # -- several kinds -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("level", ["affinity", "cpuset"])
+@pytest.mark.parametrize("level", [pytest.param("affinity", marks=SELDOM), "cpuset"])
 def test_machines_commands_and_functions_in_one_scenario(host: dict[str, str], tmp_path: Path, level: str) -> None:
     more = f'isolation = "{level}"\nrequire = true\nforeign_limit = 100\n'
     mixed = (

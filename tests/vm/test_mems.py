@@ -14,6 +14,7 @@ from hostpart.cpuset import CpuSet
 from hostpart.errors import UsageError
 from hostpart.host import Host
 from hostpart.isolation import mems
+from tests.vm.seldom import SELDOM
 from workers.guest import Command, Python
 from workers.vcpu import Order, fork
 
@@ -88,7 +89,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("uid", [0, 65534], ids=["root", "nobody"])
-@pytest.mark.parametrize("kind", ["command", "python"])
+@pytest.mark.parametrize("kind", ["command", pytest.param("python", marks=SELDOM)])
 @pytest.mark.parametrize("node", [0, 1])
 def test_what_a_guest_touches_is_on_its_node_wherever_it_runs(folder: Path, kind: str, node: int, uid: int) -> None:
     worker = Worker(folder, kind, frozenset({node}), uid, cpu=1 if node else 5)  # on the other node

@@ -32,6 +32,7 @@ from hostpart.procfs import start_time
 from hostpart.rehearsal import Rehearsal
 from tests.vm.command import run, sleeper, wait_until
 from tests.vm.fingerprint import difference, fingerprint
+from tests.vm.seldom import SELDOM
 from workers import crash
 
 pytestmark = pytest.mark.vm(limit_s=240)
@@ -332,7 +333,10 @@ def test_a_vcpu_may_be_a_process_among_threads(before: dict[str, str]) -> None:
 
 
 # The first letters start, in this order; then they end: t and u have threads, o has none, s is swept only.
-@pytest.mark.parametrize("order", ["to-to", "to-ot", "ot-to", "ot-ot", "tsuo-suto", "ostu-utos"])
+@pytest.mark.parametrize(
+    "order",
+    [pytest.param(order, marks=SELDOM) for order in ("to-to", "to-ot", "ot-to", "ot-ot")] + ["tsuo-suto", "ostu-utos"],
+)
 def test_vms_of_both_kinds_come_and_go(before: dict[str, str], order: str) -> None:
     make = {
         "t": lambda: Vm("t", 4, 5),
@@ -529,7 +533,7 @@ def test_pcpus_go_from_one_home_to_the_other(ledger: Ledger) -> None:
     settled(ledger, held("w", "3,6", threaded=True), held("x", "4", threaded=False), held("y", "5", threaded=True))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=SELDOM) for seed in (1, 2))])
 def test_whatever_is_held_is_what_is_kept(ledger: Ledger, seed: int) -> None:
     chance = random.Random(seed)
     put("cgroup.subtree_control", "+cpuset")  # spares the emulated machine the patching of its own kernel
@@ -601,7 +605,7 @@ STEPS: tuple[list[Holding], ...] = ([T], [T, Q], [P, U], [])
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.vm(limit_s=400)
+@pytest.mark.vm(limit_s=400, every=())
 def test_a_death_at_any_write_is_undone_by_the_next_call(ledger: Ledger, when: str) -> None:
     put("cgroup.subtree_control", "+cpuset")
     before = fingerprint(tasks=False)
