@@ -17,12 +17,13 @@ import errno
 import os
 import stat
 import time
+from binascii import crc32
 
 from ..errors import Failed, HostpartError, NotPermitted, as_root
 from ..host import Host
 from ..ledger import boot_id, runtime_directory
 from ..value import Value
-from . import firmware
+from . import firmware, kept
 from .trial import Trial, attempt, attempt_ioctls
 
 __all__ = ["KVM_DEVICE", "Accelerator", "choose", "find"]
@@ -110,7 +111,7 @@ def _check(path: str, machine: str, cpu: str, limit_s: float, device: str, *, be
         f"{device} {node.st_ino} {node.st_ctime_ns}",  # made anew when the module is loaded again
         machine,
         cpu,
-        f"{_crc(firmware.image()):x}",
+        f"{crc32(firmware.image()):x}",
     )
     trial = _recall(key)
     if trial is None or (not trial.works and not believe_failure):
@@ -239,34 +240,23 @@ def _remedy(device: str) -> str:
 
 # -- the answer kept -----------------------------------------------------------------------------------
 #
-# One file for each QEMU, machine and CPU: fields ended by null bytes, which no path and no argument can have, and
-# their checksum first. It is a memory only: what cannot be read, or is not what was asked, is looked at anew.
-
-
-def _crc(data: bytes) -> int:
-    import zlib
-
-    return zlib.crc32(data)
+# One file for each QEMU, machine and CPU: fields ended by null bytes, which no path and no argument can have. What is
+# not what was asked is looked at anew.
 
 
 def _cache_file(key: tuple[str, ...]) -> str:
     what = "\0".join((key[2].split(" ", 1)[0], *key[4:6])).encode(errors="surrogateescape")
-    return os.path.join(runtime_directory(), f"accelerator-{_crc(what):08x}")
+    return os.path.join(runtime_directory(), f"accelerator-{crc32(what):08x}")
 
 
 def _recall(key: tuple[str, ...]) -> Trial | None:
     try:
-        fd = os.open(_cache_file(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            data = os.read(fd, 1 << 16)
-        finally:
-            os.close(fd)
-    except (OSError, HostpartError):  # whoever needs the runtime directory says what is wrong with it
+        content = kept.read(_cache_file(key))
+    except HostpartError:  # whoever needs the runtime directory says what is wrong with it
         return None
-    check, _, rest = data.partition(b"\0")
-    if check != b"%08x" % _crc(rest):
+    if content is None:
         return None
-    fields = rest.decode(errors="surrogateescape").split("\0")
+    fields = bytes(content).decode(errors="surrogateescape").split("\0")
     if len(fields) != len(key) + 4 or tuple(fields[: len(key)]) != key:
         return None
     works, until, seen, _ = fields[len(key) :]
@@ -276,19 +266,8 @@ def _recall(key: tuple[str, ...]) -> Trial | None:
 
 def _remember(key: tuple[str, ...], trial: Trial) -> None:
     until = time.clock_gettime(time.CLOCK_BOOTTIME) + trial.lasts_s
-    rest = "".join(f"{field}\0" for field in (*key, "works" if trial.works else "fails", f"{until:.0f}", trial.seen))
-    data = rest.encode(errors="surrogateescape")
+    fields = (*key, "works" if trial.works else "fails", f"{until:.0f}", trial.seen)
     try:
-        path = _cache_file(key)
-        new = f"{path}.{os.getpid()}"
-        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            os.write(fd, b"%08x\0" % _crc(data) + data)
-            os.replace(new, path)
-        except BaseException:
-            os.unlink(new)
-            raise
-        finally:
-            os.close(fd)
-    except (OSError, HostpartError):
+        kept.write(_cache_file(key), "".join(f"{field}\0" for field in fields).encode(errors="surrogateescape"))
+    except HostpartError:  # as above
         pass

@@ -11,10 +11,9 @@ from __future__ import annotations
 import marshal
 import os
 import sys
-from binascii import crc32
 
 from ..errors import Failed, NotPermitted, UsageError
-from . import cpio
+from . import cpio, kept
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,6 +30,7 @@ _DRIVERS = ("acpi/button", "input/evdev")
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _CACHE = "guest-image"
 _FORMAT = 1
+_SIZE = 8  # bytes of the number that says how long the head is
 # By default the guest shows itself: what hostpart sees in there, and how quiet each of its CPUs is.
 _SHOW = """\
 hostpart topology
@@ -246,9 +246,9 @@ def _common(busybox: str, directory: str | None) -> bytes | memoryview:
         directory = runtime_directory()
     path = os.path.join(directory, _CACHE)
     key = _key(busybox)
-    kept = _kept(path, key)
-    if kept is not None:
-        return kept
+    there = _kept(path, key)
+    if there is not None:
+        return there
     files, archive = _make(busybox)
     _keep(path, key, files, archive)
     return archive
@@ -262,44 +262,23 @@ def _key(busybox: str) -> list[object]:
 
 
 def _kept(path: str, key: list[object]) -> memoryview | None:
-    # Of this user alone: marshal trusts what it reads.
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
+    content = kept.read(path)
+    if content is None:
         return None
-    with open(file, "rb", buffering=0) as kept:
-        status = os.fstat(file)
-        if status.st_uid != os.geteuid():
-            return None
-        data = kept.readall()
-    size, checksum = int.from_bytes(data[:8], "little"), int.from_bytes(data[8:16], "little")
-    head, archive = data[16 : 16 + size], memoryview(data)[16 + size :]
-    if crc32(archive, crc32(head)) != checksum:
-        return None
+    size = int.from_bytes(content[:_SIZE], "little")
+    head, archive = content[_SIZE : _SIZE + size], content[_SIZE + size :]
     try:
         found, states = marshal.loads(head)  # noqa: S302 - this user wrote it
     except (EOFError, ValueError, TypeError):
         return None
     if found != key or _states(states) != states:
         return None
-    return archive  # a view: a copy of so much takes as long as to read it
+    return archive
 
 
 def _keep(path: str, key: list[object], files: list[str], archive: bytes) -> None:
     head = marshal.dumps((key, _states(files)))
-    checksum = crc32(archive, crc32(head))
-    own = f"{path}.{os.getpid()}"
-    try:
-        file = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with open(file, "wb") as kept:
-                kept.write(len(head).to_bytes(8, "little") + checksum.to_bytes(8, "little") + head + archive)
-            os.rename(own, path)
-        except OSError:
-            os.unlink(own)
-            raise
-    except OSError:
-        pass  # no room: the next guest takes a second longer to make
+    kept.write(path, len(head).to_bytes(_SIZE, "little"), head, archive)
 
 
 # The files that an archive was made of, each as it is now: size and time of change, None for one that is gone.
