@@ -16,7 +16,7 @@ from .isolation import mems
 from .lease import Leases
 from .ledger import ATTACHED
 from .occupancy import Guest, Occupancy, times
-from .procfs import pinned_alone, schedstat, start_time
+from .procfs import pinned_alone, start_time
 from .value import Value
 
 TYPE_CHECKING = False
@@ -96,14 +96,14 @@ def _audit(vms: Sequence[Census], interval_s: float, foreign_limit: float) -> li
             for vm in vms:
                 members = _members(vm, records[vm.row.id])
                 guests = [*members, *_attached(vm)]
-                machines = {vcpu.pid: vcpu.tid for vcpu in vm.vcpus if vcpu.tid}
+                machines = {vcpu.pid for vcpu in vm.vcpus if vcpu.tid}
                 own_ns = times(
                     [one for one in guests if one.pid not in machines],
                     {one.pid: one.pin for one in records[vm.row.id] if one.tid is None},
                 )
                 for record in records[vm.row.id]:
-                    if record.tid is not None and (ran := schedstat(record.pid, record.tid)) is not None:
-                        own_ns[record.pin] = own_ns.get(record.pin, 0) + ran[0]
+                    if record.tid is not None:
+                        own_ns[record.pin] = own_ns.get(record.pin, 0) + record.ran_ns()
                 usage_us = Leaf(vm.row.leaf).cpu_usage_us() if vm.row.leaf else None
                 guest = Guest(own_ns, None if usage_us is None else usage_us * 1000)
                 own = {member.pid for member in guests}
@@ -129,14 +129,14 @@ def _audit(vms: Sequence[Census], interval_s: float, foreign_limit: float) -> li
                     rest -= {member.pid for member in own_members}
                     record.sample(own_members)
                 orphans = [member for member in members if member.pid in rest]
-                # QEMU's other threads are the host's, and belong on any other pCPU.
-                threads = {record.tid for record in records[vm.row.id] if record.tid is not None}
-                emulators = [member for member in members if member.pid in machines]
-                elsewhere = CpuSet.parse(host.read_text("sys/devices/system/cpu/possible")) - _pcpus(vm)
-                for drift in (
-                    *evidence.find_drifts(orphans, _pcpus(vm)),
-                    *evidence.find_drifts(emulators, elsewhere, threads),
-                ):
+                astray = evidence.find_drifts(orphans, _pcpus(vm))
+                if machines:
+                    # QEMU's other threads are the host's, and belong on any other pCPU.
+                    threads = {record.tid for record in records[vm.row.id] if record.tid is not None}
+                    emulators = [member for member in members if member.pid in machines]
+                    elsewhere = CpuSet.parse(host.read_text("sys/devices/system/cpu/possible")) - _pcpus(vm)
+                    astray += evidence.find_drifts(emulators, elsewhere, threads)
+                for drift in astray:
                     drifts[vm.row.id].setdefault((drift.pid, drift.tid), drift)
         if not number:
             time.sleep(interval_s)

@@ -77,6 +77,7 @@ class DeviceModel:
     :ivar machines: those of the workers that are QEMU, by pid
     :ivar threads: the file that takes a vCPU which is a thread into the VM's cpuset; empty where it has none
     :ivar threads_process: the file that takes the thread's process to where that one has to be first
+    :ivar threads_leave: the file that takes a thread which is no vCPU's out of the VM's cpuset
     :ivar parts: which guest is on which vCPUs, once the first worker is forked
     :ivar statuses: wait status of each vCPU that has ended
     """
@@ -92,6 +93,7 @@ class DeviceModel:
         self.cpuset_procs: str = ""
         self.threads: str = ""
         self.threads_process: str = ""
+        self.threads_leave: str = ""
         self.logs: list[WorkerLog] = []
         self.frozen: tree.Frozen | None = None
         self.exec_errors: dict[int, int] = {}
@@ -190,23 +192,15 @@ class DeviceModel:
 
     def _make_machines(self) -> list[Machine]:
         # Whatever they need is looked for before anything is created.
-        made, first = [], 0
-        for count, guest in self.config.mix or ((self.config.vcpus, self.config.guest),):
+        made = []
+        for part in self.config.parts(self.config.vcpus):
+            guest = part.guest
             if guest.qemu is not None:
                 from .qemu.machine import Machine
 
                 folder = os.path.join(os.getcwd(), guest.cwd or "")
-                made.append(Machine(self.config.name, guest.qemu, first, folder, dict(guest.env)))
-            first += count
+                made.append(Machine(self.config.name, guest.qemu, part.first, folder, dict(guest.env)))
         return made
-
-    @property
-    def threads_leave(self) -> str:
-        """The file that takes a thread which is no vCPU's out of the VM's cpuset; empty where that has none."""
-        if self.threads_process:
-            return f"{os.path.dirname(self.threads_process)}/cgroup.threads"
-        # Version 1: the hierarchy's root, two above the VM's.
-        return os.path.join(self.threads.rsplit("/", 3)[0], "tasks") if self.threads else ""
 
     @property
     def sockets(self) -> list[str]:
@@ -268,10 +262,6 @@ class DeviceModel:
         if machine is not None:
             machine.forked(pid, 2 if self.caller.stderr_fd is None else self.caller.stderr_fd)
             self.machines[pid] = machine
-            theirs = {self._stdin(vcpu.vcpu_id), self.caller.stdout_fd, 0, 1}
-            for fd in (stdin_fd, stdout_fd):
-                if fd is not None and fd not in theirs:
-                    os.close(fd)  # opened for QEMU alone
         return pid
 
     def _of_machines(self) -> list[int]:

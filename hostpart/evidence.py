@@ -250,6 +250,11 @@ class VcpuRecord:
         self.update(seen)
         self.ended, self.rusage, self.status = True, rusage, status
 
+    def ran_ns(self) -> int:
+        """Return how long its process, or its thread, has run by now; one that has ended, as far as it was seen."""
+        now = procfs.schedstat(self.pid, self.tid)
+        return now[0] if now is not None else (self.latest and self.latest.run_ns) or 0
+
     @property
     def migrations(self) -> int | None:
         """How often the main thread was moved to another CPU since START."""

@@ -334,6 +334,7 @@ class Keeper:
         self.isolation = self._watch.begin(self.options.wish)
         self.model.cpuset_procs = self._watch.procs
         self.model.threads, self.model.threads_process = self._watch.threads, self._watch.process
+        self.model.threads_leave = self._watch.leave
         crash.point("keeper.isolated")
 
     def _get_pcpus(self) -> None:
@@ -622,7 +623,7 @@ class Keeper:
             own_ns = _plus(own_ns, pin, ran_ns)
         for record in self.records.values():
             if record.tid is not None:
-                own_ns = _plus(own_ns, record.pin, self.machines.ran_ns(record))
+                own_ns = _plus(own_ns, record.pin, record.ran_ns())
             elif record.rusage is not None:
                 own_ns = _plus(own_ns, record.pin, _time_ns(record.rusage))
         usage_us = self.model.leaf.cpu_usage_us() if self.model.leaf is not None else None

@@ -14,7 +14,6 @@ import time
 
 from . import evidence, tree
 from .errors import Failed, HostpartError
-from .procfs import schedstat
 from .value import Value
 
 TYPE_CHECKING = False
@@ -57,7 +56,6 @@ class Machines:
         self._model, self._records, self._note = model, records, note
         self._poll: select.poll | None = None
         self._heard: set[int] = set()
-        self._ran_ns: dict[int, int] = {}
         self._unplugged: set[int] = set()
 
     def alive(self) -> list[Machine]:
@@ -127,7 +125,7 @@ class Machines:
             self._tell(machine)
             if machine.ended is not None and not machine.must_end:
                 self._look_last(machine)
-                if machine.ended.failed or not machine.ended.expected:
+                if machine.ended.failed:
                     self._note(machine.ended.text)
                 machine.quit()
 
@@ -155,7 +153,7 @@ class Machines:
                 if seen.allowed is not None:  # else it has ended
                     record.update(seen)
                     vcpus += [(drift, record.pin) for drift in record.new_drifts()]
-            machine.newcomers(self._model.threads_leave)
+            machine.meet_newcomers(self._model.threads_leave)
             own = tree.below(members, machine.pid)
             seats = {seat.tid for seat in machine.seats}
             others += [
@@ -170,25 +168,16 @@ class Machines:
         for seat in machine.gone():
             if seat.tid not in self._unplugged and not machine.must_end:
                 self._unplugged.add(seat.tid)
-                machine.breaches.append(
-                    f"vCPU {seat.vcpu} is gone: somebody has unplugged it from QEMU (thread {seat.tid})"
-                )
-                machine.news.append(machine.breaches[-1])
+                machine.breach(f"vCPU {seat.vcpu} is gone: somebody has unplugged it from QEMU (thread {seat.tid})")
 
     def _records_of(self, machine: Machine) -> list[evidence.VcpuRecord]:
         return [record for record in self._records.values() if record.pid == machine.pid and not record.ended]
 
     def _look_last(self, machine: Machine) -> None:
         for record in self._records_of(machine):
-            record.end(evidence.look(record.pid, record.tid), None, None)
-
-    def ran_ns(self, record: evidence.VcpuRecord) -> int:
-        """Return how long a vCPU's thread has run; one that has ended, as far as it was seen."""
-        assert record.tid is not None  # noqa: S101 - callers ask for threads only
-        found = schedstat(record.pid, record.tid)
-        if found is not None:
-            self._ran_ns[record.tid] = found[0]
-        return self._ran_ns.get(record.tid, 0)
+            seen = evidence.look(record.pid, record.tid)
+            if seen.allowed is not None:  # else it has ended, and what was seen of it before is all there is
+                record.end(seen, None, None)
 
     # -- the end ---------------------------------------------------------------------------------------
 
@@ -226,14 +215,13 @@ class Machines:
         for record in self._records.values():
             if record.pid == machine.pid:
                 record.status = status
-        if machine.ended is None and started:
+        if machine.ended is None and started and not machine.must_end:
             how = (
                 f"was killed by signal {os.WTERMSIG(status)}: its guest is gone"
                 if os.WIFSIGNALED(status)
                 else f"ended of itself, with exit status {os.WEXITSTATUS(status)}"
             )
-            if not machine.must_end:
-                self._note(f"QEMU (pid {machine.pid}) {how}")
+            self._note(f"QEMU (pid {machine.pid}) {how}")
         return FAILED if machine.ended is not None and machine.ended.failed and not status else status
 
     def close(self) -> None:

@@ -54,6 +54,7 @@ __all__ = [
     "handed_over",
     "held",
     "leaf",
+    "leave",
     "mounted",
     "obstacle",
     "remembered",
@@ -155,10 +156,7 @@ def leaf(host: Host, token: str) -> str:
 
     :raises FileNotFoundError: where there is no such hierarchy
     """
-    base = _base(host)
-    if base is None:
-        raise FileNotFoundError(errno.ENOENT, "the cpuset controller is in no version 1 hierarchy")
-    return f"{base}/{_HOME}/{token}"
+    return f"{_place(host)}/{_HOME}/{token}"
 
 
 def threads(host: Host, token: str) -> tuple[str, str]:
@@ -167,6 +165,14 @@ def threads(host: Host, token: str) -> tuple[str, str]:
     :raises FileNotFoundError: as :func:`leaf` does
     """
     return "", f"{leaf(host, token)}/tasks"
+
+
+def leave(host: Host) -> str:
+    """Return the file, relative to the host's root, that takes a thread out of any VM's cpuset.
+
+    :raises FileNotFoundError: as :func:`leaf` does
+    """
+    return f"{_place(host)}/tasks"
 
 
 def watch_files(host: Host, token: str, *, threaded: bool = False) -> list[str]:  # noqa: ARG001 - as partition's
@@ -381,6 +387,13 @@ def _base(host: Host) -> str | None:
         if mount.kind == "cgroup" and "cpuset" in mount.options and host.exists(f"{mount.directory}/cpuset.cpus"):
             return mount.directory
     return None
+
+
+def _place(host: Host) -> str:
+    base = _base(host)
+    if base is None:
+        raise FileNotFoundError(errno.ENOENT, "the cpuset controller is in no version 1 hierarchy")
+    return base
 
 
 def _bases(known: Mapping[str, Known]) -> list[str]:

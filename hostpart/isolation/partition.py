@@ -63,6 +63,7 @@ __all__ = [
     "handed_over",
     "held",
     "leaf",
+    "leave",
     "obstacle",
     "remembered",
     "rewrites",
@@ -147,6 +148,14 @@ def threads(host: Host, token: str) -> tuple[str, str]:
     """
     base = _place(host)
     return f"{base}/cgroup.procs", f"{base}/{_THREADS}/{token}/cgroup.threads"
+
+
+def leave(host: Host) -> str:
+    """Return the file, relative to the host's root, that takes a thread out of any VM's cgroup again.
+
+    :raises FileNotFoundError: as :func:`leaf` does
+    """
+    return f"{_place(host)}/cgroup.threads"
 
 
 def watch_files(host: Host, token: str, *, threaded: bool = False) -> list[str]:

@@ -48,13 +48,14 @@ class Watch:
     :ivar process: of a VM whose vCPUs are threads, the ``cgroup.procs`` that their process has to enter before it makes
         them, or empty; such a VM has neither *leaf* nor *procs*
     :ivar threads: likewise, the file that each vCPU's thread id has to be written to before it is pinned, or empty
+    :ivar leave: likewise, the file that takes a thread which is no vCPU's out again
     :ivar breaches: when the kernel's own guard was down, a sentence each
     """
 
     def __init__(self, ledger: Ledger, host: Host, row: VmRow, note: Callable[[str], None]) -> None:
         self.ledger, self.host, self.row = ledger, host, row
         self.leaf: Leaf | None = None
-        self.procs = self.process = self.threads = ""
+        self.procs = self.process = self.threads = self.leave = ""
         self.breaches: list[str] = []
         self.isolation = Isolation("affinity", "affinity")
         self.report = Report()
@@ -112,6 +113,7 @@ class Watch:
         sets, token, threaded = cpusets(self.host), self.row.token, bool(self.row.threaded)
         if threaded:
             self.process, self.threads = (f"/{name}" if name else "" for name in sets.threads(self.host, token))
+            self.leave = f"/{sets.leave(self.host)}"
         elif sets.UNIFIED:
             self.leaf = Leaf("/" + sets.leaf(self.host, token))
         else:

@@ -53,27 +53,23 @@ class Seat(Value):
 
     :ivar pcpu: Linux's number
     :ivar tid: its thread
-    :ivar start: when that started, in clock ticks since boot
     :ivar apic_id: the guest's name for it, as far as it is known
     """
 
     vcpu: int
     pcpu: int
     tid: int
-    start: int
     apic_id: int | None
 
 
 class Ended(Value):
     """How the guest came to its end.
 
-    :ivar failed: whether that was the end of more than the guest's work
-    :ivar expected: whether the guest, or hostpart, has ended it
+    :ivar failed: whether neither the guest nor hostpart meant it
     """
 
     text: str
     failed: bool = False
-    expected: bool = True
 
 
 class Machine:
@@ -125,6 +121,7 @@ class Machine:
         self._words = self._unsaid = b""
         self._paused = self._going = self._asked = False
         self._initrd, self._relay_fd = -1, 2
+        self._opened: set[int] = set()
         _need_qmp()
         host = os.uname().machine
         self.binary = accelerator.find(guest.binary or f"qemu-system-{_ARCHITECTURES.get(host, host)}")
@@ -209,8 +206,11 @@ class Machine:
         them opened anew. Where the console is elsewhere it reads nothing.
         """
         if self.guest.console != "stdio":
-            return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), stdout_fd
-        return _opened_anew(stdin_fd, os.O_RDONLY), _opened_anew(stdout_fd, os.O_WRONLY)
+            given = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), stdout_fd
+        else:
+            given = _opened_anew(stdin_fd, os.O_RDONLY), _opened_anew(stdout_fd, os.O_WRONLY)
+        self._opened = set(given) - {stdin_fd, stdout_fd}
+        return given
 
     def _console(self) -> list[str]:
         kind, _, path = self.guest.console.partition(":")
@@ -283,6 +283,8 @@ class Machine:
         if self._initrd >= 0:
             os.close(self._initrd)
             self._initrd = -1
+        for fd in self._opened:
+            os.close(fd)
 
     @property
     def monitor(self) -> Monitor:
@@ -324,15 +326,14 @@ class Machine:
                 )
             there.remove(found)
             tid, _ = found
-            stat = procfs.read_stat(self.pid, tid)
             # What it says is only what it says: another process's thread is nothing to pin.
-            if stat is None or tid == self.pid:
+            if tid == self.pid or procfs.read_stat(self.pid, tid) is None:
                 raise Failed(
                     f"QEMU of VM {self.name!r} has no thread of its own for vCPU {self.first + number}: it names thread"
                     f" {tid}, which {'runs its main loop' if tid == self.pid else 'is not one of its'}",
                     "see which program binary names in [vm.qemu], and take what is about CPUs out of args",
                 )
-            seats.append(Seat(self.first + number, pcpu, tid, stat.start, seat.apic_id))
+            seats.append(Seat(self.first + number, pcpu, tid, seat.apic_id))
         if there or len({seat.tid for seat in seats}) != len(seats):
             raise Failed(
                 f"QEMU runs several vCPUs of VM {self.name!r} in one thread"
@@ -432,9 +433,9 @@ class Machine:
             "see 'grep Cpus_allowed_list /proc/self/status' and 'hostpart topology' for the pCPUs there are",
         )
 
-    def newcomers(self, leave: str = "") -> list[int]:
-        """Return the threads that were not there at the last look, after taking those that were born on a vCPU's pCPU
-        away from there; one that is a vCPU is noted as a breach.
+    def meet_newcomers(self, leave: str = "") -> None:
+        """Take threads that were not there at the last look away from a vCPU's pCPU, where they were born there; note
+        one that is a vCPU as a breach.
 
         :param leave: the file that such a thread's number is written to first, to leave the VM's cpuset
         """
@@ -455,13 +456,12 @@ class Machine:
                     os.sched_setaffinity(tid, self.kept)
                     self.born.add(tid)
                     self._births += 1
-                    if str(self._births).strip("0") == "1":
+                    if _is_told(self._births):
                         comm = (procfs.read_stat(self.pid, tid) or _NOBODY).comm
                         said = f"QEMU's thread {comm!r} ({tid}) was born on pCPU {mask} and was taken to {self.kept}"
                         self.news.append(said + (f", the {self._births}th such" if self._births > 1 else ""))
             except OSError:
                 continue  # it has ended since; or it may not be moved, and is met as one that is astray
-        return new
 
     def _look_for_more_vcpus(self, new: set[int]) -> None:
         try:
@@ -469,10 +469,14 @@ class Machine:
         except HostpartError:
             return
         for tid in sorted(new.intersection(there)):
-            self.breaches.append(
+            self.breach(
                 f"QEMU has a vCPU more than the VM: thread {tid}, which somebody has plugged in, has no pCPU of its own"
             )
-            self.news.append(self.breaches[-1])
+
+    def breach(self, text: str) -> None:
+        """Note that QEMU is not the machine that hostpart made."""
+        self.breaches.append(text)
+        self.news.append(text)
 
     def gone(self) -> list[Seat]:
         """Return the vCPUs whose threads have ended while QEMU goes on: somebody has unplugged them."""
@@ -520,13 +524,12 @@ class Machine:
 
     def _take(self, name: str, data: dict[str, Any]) -> None:
         if name == "GUEST_PANICKED":
-            self.ended = Ended("the guest's kernel panicked: see its console", failed=True)
+            self.ended = self._end_of("guest-panic")
         elif name == "SHUTDOWN" and self.ended is None:  # it says so again when it quits
             self.ended = self._end_of(str(data.get("reason", "")))
         elif name == "RESET":
             self.resets += 1
-            # A guest that does nothing else is not to fill the evidence: the 1st, the 10th, the 100th.
-            if data.get("guest") and str(self.resets).strip("0") == "1":
+            if data.get("guest") and _is_told(self.resets):
                 times = "" if self.resets == 1 else f" {self.resets} times"
                 self.news.append(f"the guest has restarted itself{times}; its vCPUs are where they were")
 
@@ -546,7 +549,7 @@ class Machine:
         if reason == "guest-panic":
             return Ended("the guest's kernel panicked: see its console", failed=True)
         if reason.startswith("host") and not self.must_end:
-            return Ended(f"QEMU was told to end by somebody else ({reason})", failed=True, expected=False)
+            return Ended(f"QEMU was told to end by somebody else ({reason})", failed=True)
         return Ended("the guest powered off" if reason == "guest-shutdown" else f"QEMU ended the guest ({reason})")
 
     def _check_state(self) -> None:
@@ -668,7 +671,7 @@ class Machine:
         return self._path(path) if kind == "unix" else ""
 
     def close(self) -> None:
-        """Close what is open, and remove the console's socket, if it is still this one; QEMU is gone."""
+        """Close what is open, and remove the console's socket, where nobody listens at it any more; QEMU is gone."""
         self._hear()
         for fd in (self._stderr_r, self._stderr_w, self._initrd):
             if fd >= 0:
@@ -716,6 +719,11 @@ def _need_qmp() -> None:
         raise UsageError(
             "guests under QEMU need the package qemu.qmp, which is not installed", "pip install 'hostpart[qemu]'"
         )
+
+
+def _is_told(count: int) -> bool:
+    # What happens over and over is not to fill the evidence: the 1st, the 10th, the 100th.
+    return str(count).strip("0") == "1"
 
 
 def _opened_anew(fd: int, way: int) -> int:
