@@ -202,8 +202,12 @@ def test_a_disk_is_booted_and_its_guest_minds_the_power_button(place: Place, tmp
 
 
 def test_a_guest_that_does_not_power_off_is_ended(place: Place, tmp_path: Path) -> None:
-    # Its kernel has not come so far as to know a power button.
-    path = scenario(tmp_path / "vm.toml", SLEEP, powerdown=1, console="none")
+    # Its one CPU turns in a circle with interrupts off: no power button and no key reaches it, however late.
+    (tmp_path / "deaf.raw").write_bytes(b"\xfa\xeb\xfe".ljust(510, b"\0") + b"\x55\xaa" + bytes(1 << 20))
+    path = scenario(
+        tmp_path / "vm.toml", None, kernel=None, append=None, disks=["deaf.raw"], powerdown=1, console="none",
+        vm=f'cwd = "{tmp_path}"',
+    )  # fmt: skip
     front, pid = started(place, path)
     began = time.monotonic()
     assert place.run("stop", "linux").returncode == 0

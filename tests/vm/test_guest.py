@@ -17,8 +17,9 @@ from hostpart.cpuset import CpuSet
 from hostpart.ledger import Ledger, VcpuRow
 from tests.evidence_file import about, document
 from tests.vm.command import Started, run, start, wait_until
-from tests.vm.fingerprint import difference, fingerprint
+from tests.vm.fingerprint import fingerprint
 from tests.vm.onlooker import Onlooker, Thread
+from tests.vm.remains import remains
 from tests.vm.sector import SAYS, sector
 from tests.vm.seldom import SELDOM
 
@@ -43,11 +44,7 @@ def host() -> Iterator[dict[str, str]]:
     left: list[str] = []
 
     def same() -> bool:
-        left[:] = difference(before, fingerprint(), bound=not os.uname().release.startswith("6.1."))
-        with Ledger() as ledger:
-            left.extend(f"the ledger remembers {key}" for key in ledger.known())
-            left.extend(f"the ledger has {row.name}" for row in ledger.vms())
-        left.extend(f"pid {pid} is left" for pid in qemus())
+        left[:] = [*remains(before), *(f"pid {pid} is left" for pid in qemus())]
         return not left
 
     assert wait_until(same, 20.0), "\n".join(left)

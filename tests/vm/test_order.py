@@ -26,7 +26,8 @@ from hypothesis.stateful import (
 
 from hostpart.ledger import Ledger
 from tests.vm.command import Started, run, start, wait_until
-from tests.vm.fingerprint import difference, fingerprint
+from tests.vm.fingerprint import fingerprint
+from tests.vm.remains import remains
 
 pytestmark = pytest.mark.vm(topology="16", limit_s=1500)
 
@@ -322,12 +323,7 @@ class Order(RuleBasedStateMachine):
     def _different(self) -> list[str]:
         if self.vms or self.offline:
             return []
-        # 6.1's kernel rewrites the masks of its own bound threads, and lets nobody write them.
-        wrong = difference(self.before, fingerprint(), bound=not os.uname().release.startswith("6.1."))
-        with Ledger() as ledger:
-            wrong += [f"{row.name} is in the ledger" for row in ledger.vms()]
-            wrong += [f"the ledger remembers {key}: {known}" for key, known in ledger.known().items()]
-        return wrong
+        return remains(self.before)
 
     def _said(self) -> list[str]:
         return [f"{name}, {vm.level} on {sorted(vm.pcpus)}: {vm.started.err}" for name, vm in self.vms.items()]

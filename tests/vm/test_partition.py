@@ -25,13 +25,13 @@ from hostpart.host import Host
 from hostpart.isolation import partition
 from hostpart.ledger import Holding, Known, Ledger
 from hostpart.rehearsal import Rehearsal
+from tests.vm.files import TREE, cpu_online, get, put
 from tests.vm.fingerprint import difference, fingerprint
 from tests.vm.seldom import SELDOM
 from workers import crash
 
 pytestmark = pytest.mark.vm()
 
-TREE = "/sys/fs/cgroup"
 HOME = f"{TREE}/hostpart"
 NOBODY = 65534
 HOST = Host()
@@ -63,23 +63,6 @@ def vm(token: str, pcpus: str, idle: str = "", mems: str = "", level: str = "cpu
 
 A, B = vm("a" * 32, "4-5"), vm("b" * 32, "6", idle="7", mems="1")
 C = vm("c" * 32, "1,3", mems="0")
-
-
-def get(name: str, top: str = TREE) -> str:
-    """Return a file's content, or why there is none."""
-    try:
-        return Path(top, name).read_text().strip()
-    except OSError as error:
-        return f"({error.strerror})"
-
-
-def put(name: str, text: str, top: str = TREE) -> None:
-    """Write as an operator would, not through hostpart."""
-    fd = os.open(f"{top}/{name}", os.O_WRONLY)
-    try:
-        os.write(fd, text.encode())
-    finally:
-        os.close(fd)
 
 
 def tree() -> dict[str, str]:
@@ -160,11 +143,6 @@ def child(what: Callable[[], object]) -> object:
         answer = file.read()
     os.waitpid(pid, 0)
     return answer
-
-
-def cpu_online(cpu: int, *, to: bool) -> None:
-    """Take a CPU offline or online."""
-    put(f"cpu{cpu}/online", str(int(to)), "/sys/devices/system/cpu")
 
 
 def before_linux_6_7() -> bool:

@@ -28,7 +28,8 @@ from hostpart.isolation.watch import Watch
 from hostpart.ledger import Ledger, VmRow, boot_id
 from hostpart.procfs import start_time
 from tests.vm.command import run, sleeper, start, wait_until
-from tests.vm.fingerprint import difference, fingerprint
+from tests.vm.fingerprint import fingerprint
+from tests.vm.remains import remains
 from workers import crash
 
 pytestmark = pytest.mark.vm(limit_s=1500, every=())
@@ -54,11 +55,7 @@ def _same(before: dict[str, str], what: str) -> None:
     left: list[str] = []
 
     def settled() -> bool:
-        # 6.1's kernel rewrites the masks of its own bound threads, and lets nobody write them.
-        left[:] = difference(before, fingerprint(), bound=not os.uname().release.startswith("6.1."))
-        with Ledger() as ledger:
-            left.extend(f"the ledger remembers {key}" for key in ledger.known())
-            left.extend(f"the ledger has {row.name}" for row in ledger.vms())
+        left[:] = remains(before)
         return not left
 
     assert wait_until(settled, 3.0), what + "\n" + "\n".join(left)

@@ -31,7 +31,9 @@ from hostpart.ledger import Holding, Known, Ledger, VcpuRow, VmRow, boot_id
 from hostpart.procfs import start_time
 from hostpart.rehearsal import Rehearsal
 from tests.vm.command import run, sleeper, wait_until
+from tests.vm.files import cpu_online, get, put
 from tests.vm.fingerprint import difference, fingerprint
+from tests.vm.remains import remains
 from tests.vm.seldom import SELDOM
 from workers import crash
 
@@ -65,27 +67,10 @@ def before() -> Iterator[dict[str, str]]:
     left: list[str] = []
 
     def same() -> bool:
-        left[:] = difference(found, fingerprint(), bound=not old())
-        with Ledger() as ledger:
-            left.extend(f"the ledger remembers {key}" for key in ledger.known())
-            left.extend(f"the ledger has {row.name}" for row in ledger.vms())
+        left[:] = remains(found)
         return not left
 
     assert wait_until(same, 5.0), "\n".join(left)
-
-
-def put(name: str, text: str) -> None:
-    """Write as an operator would, not through hostpart."""
-    fd = os.open(TREE / name, os.O_WRONLY)
-    try:
-        os.write(fd, text.encode())
-    finally:
-        os.close(fd)
-
-
-def get(name: str) -> str:
-    """Return a file's content."""
-    return (TREE / name).read_text().strip()
 
 
 def refused(tid: int, cpu: int) -> bool:
@@ -95,11 +80,6 @@ def refused(tid: int, cpu: int) -> bool:
     except OSError as error:
         return error.errno == errno.EINVAL
     return False
-
-
-def cpu_online(cpu: int, *, to: bool) -> None:
-    """Take a CPU offline or online."""
-    Path(f"/sys/devices/system/cpu/cpu{cpu}/online").write_text(str(int(to)))
 
 
 class Vm:
