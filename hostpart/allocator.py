@@ -22,8 +22,20 @@ from .value import Value
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from typing import Any
 
-__all__ = ["POLICIES", "SMT_MODES", "Placement", "Request", "Supply", "place", "place_all", "rest_count"]
+__all__ = [
+    "POLICIES",
+    "SMT_MODES",
+    "Placement",
+    "Request",
+    "Room",
+    "Supply",
+    "place",
+    "place_all",
+    "rest_count",
+    "room",
+]
 
 POLICIES = ("first-fit", "packed", "spread", "numa-spread", "llc")
 SMT_MODES = ("exclusive", "whole", "shared")
@@ -79,6 +91,27 @@ class Placement(Value):
     why: tuple[str, ...] = ()
 
 
+class Room(Value):
+    """How large a request can be now, in pCPUs; what each fits says :func:`room`.
+
+    :ivar cpus: the pCPUs that are free (Linux numbers)
+    :ivar pcpus: the most under ``shared``
+    :ivar cores: how many cores are free as a whole
+    :ivar core_pcpus: the most under ``exclusive``
+    :ivar llc: the most that are free below one last-level cache
+    """
+
+    cpus: CpuSet
+    pcpus: int
+    cores: int
+    core_pcpus: int
+    llc: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return {**self.asdict(), "cpus": str(self.cpus)}
+
+
 def place(topology: Topology, supply: Supply, request: Request) -> Placement:
     """Give the request its pCPUs, or refuse it whole.
 
@@ -121,6 +154,21 @@ def rest_count(topology: Topology, supply: Supply, request: Request) -> int:
     if not count:
         raise _refusal(machine, topology, supply, request, offer)
     return count
+
+
+def room(topology: Topology, supply: Supply) -> Room:
+    """Say how much one request can have now, without asking for a number of vCPUs.
+
+    A ``shared`` request of ``pcpus`` fits and one more does not; so does an ``exclusive`` one of ``core_pcpus``, cores
+    that the service VM shares included.
+    """
+    machine = _machine(topology)
+    cpus = _given(supply) & machine.online
+    by_cache = [0] * len(machine.cache_size)
+    for cpu in _cpus(cpus):
+        by_cache[machine.cache_of[machine.core_of[cpu]]] += 1
+    cores = len(_Offer(machine, supply, Request(1, smt="whole")).cores)
+    return Room(cpus, len(cpus), cores, _Offer(machine, supply, Request(1)).total, max(by_cache, default=0))
 
 
 def place_all(topology: Topology, supply: Supply, requests: Mapping[str, Request | None]) -> dict[str, Placement]:

@@ -156,12 +156,15 @@ class Front:
 
     def watch(self, name: str, pid: int, channel: Channel) -> Running:
         """Take a keeper's channel into the wait."""
-        fcntl.fcntl(channel.fileno(), fcntl.F_SETOWN, os.getpid())
-        flags = fcntl.fcntl(channel.fileno(), fcntl.F_GETFL)
-        fcntl.fcntl(channel.fileno(), fcntl.F_SETFL, flags | os.O_ASYNC)
+        self.listen(channel.fileno())
         running = Running(name, pid, channel)
         self.keepers.append(running)
         return running
+
+    def listen(self, fd: int) -> None:
+        """Have :meth:`wait` look again when there is something to read from *fd*."""
+        fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
 
     def keep_terminal(self) -> None:
         """Note how the terminal is set, to set it so again at the end: a guest's console changes that, and one that is

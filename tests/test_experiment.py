@@ -639,3 +639,57 @@ def test_without_the_extra_runs_are_made_where_no_page_is_wanted(place: Place, t
     os.close(master)
     closed = place.run("experiment", "--no-report", _file(tmp_path), "--out", str(tmp_path / "b"))
     assert closed.returncode == 0
+
+
+# -- events ---------------------------------------------------------------------------------------------------
+
+
+def _events(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@needs_two
+def test_events_tell_what_the_journal_keeps_and_make_no_report(place: Place, tmp_path: Path) -> None:
+    file, out, told = _file(tmp_path), tmp_path / "out", tmp_path / "events"
+    done = place.run("experiment", file, "--out", str(out), "--events", str(told))
+    assert done.returncode == 0, done.stderr
+    events = _events(told)
+    assert [event["event"] for event in events] == ["experiment", "session", *["run"] * (len(events) - 3), "over"]
+    assert events[0]["document"] == json.loads((out / "experiment.json").read_text())
+    assert events[1]["session"] == json.loads((out / "sessions.jsonl").read_text())
+    assert [event["run"] for event in events[2:-1]] == _runs(out)
+    assert events[-1] == {"event": "over", "exit_code": 0}
+    assert not (out / "report.html").exists()
+    # The same again, elsewhere: what was made is told of, and nothing is made.
+    again = tmp_path / "again"
+    assert place.run("experiment", file, "--out", str(out), "--events", str(again)).returncode == 0
+    assert [event["run"] for event in _events(again)[1:-1]] == _runs(out)
+
+
+@needs_two
+def test_a_resumed_experiment_tells_first_of_what_was_made(place: Place, tmp_path: Path) -> None:
+    file, out, told = _file(tmp_path, QUICK.replace("seconds = 0.1", "seconds = 0.5")), tmp_path / "out", tmp_path / "e"
+    process = place.start("experiment", file, "--out", str(out), "--events", str(told))
+    assert wait_until(lambda: told.exists() and '"event":"run"' in told.read_text(), 30)
+    process.terminate()
+    assert process.wait(30) == 143
+    first = _events(told)
+    assert first[-1] == {"event": "over", "exit_code": 143}
+    made = [event["run"] for event in first if event["event"] == "run"]
+    done = place.run("experiment", file, "--out", str(out), "--events", str(told))
+    assert done.returncode == 0, done.stderr
+    then = _events(told)[len(first) :]
+    assert [event["event"] for event in then[: 2 + len(made)]] == ["experiment", "session", *["run"] * len(made)]
+    assert [event["run"] for event in then[2 : 2 + len(made)]] == made
+    assert [event["run"] for event in then[2:-1]] == _runs(out)
+
+
+def test_an_error_is_an_event_too(place: Place, tmp_path: Path) -> None:
+    told = tmp_path / "events"
+    for words in (("no-such.toml",), (_file(tmp_path), "--plan"), (_file(tmp_path), "--json")):
+        done = place.run("experiment", *words, "--events", str(told))
+        assert done.returncode == 2
+        error, over = _events(told)[-2:]
+        assert (error["event"], error["exit_code"]) == ("error", 2)
+        assert error["problem"] in done.stderr
+        assert over == {"event": "over", "exit_code": 2}

@@ -39,13 +39,13 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar
 
     from ..experiment.design import Design
-    from ..experiment.schedule import Plan
+    from ..experiment.schedule import Plan, Run
     from ..experiment.sharing import Placement
     from ..topology import Topology
 
     T = TypeVar("T")
 
-__all__ = ["add", "run"]
+__all__ = ["add", "processes", "run", "seconds", "seed"]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -68,25 +68,50 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", action="store_true", help="show the schedule and how long it takes; change nothing")
     parser.add_argument("--host", metavar="TOPOLOGY", help="with --plan: for another machine, as with 'hostpart plan'")
     parser.add_argument("--out", metavar="DIR", help="where to keep the results (default: NAME-results)")
-    parser.add_argument("--processes", type=_processes, metavar="N", help="per condition, instead of the file's")
-    parser.add_argument("--seconds", type=_seconds, metavar="S", help="each measures, instead of the file's")
-    parser.add_argument("--seed", type=_seed, metavar="N", help="of the order of the runs, instead of the file's")
+    parser.add_argument("--processes", type=processes, metavar="N", help="per condition, instead of the file's")
+    parser.add_argument("--seconds", type=seconds, metavar="S", help="each measures, instead of the file's")
+    parser.add_argument("--seed", type=seed, metavar="N", help="of the order of the runs, instead of the file's")
     parser.add_argument("--isolation", choices=LEVELS, help="the victims' level, instead of the file's")
     parser.add_argument(
         "--scope", type=_scope, metavar="SCOPE", help="instead of the file's; 'experiment': its own tasks"
     )
     parser.add_argument("--no-report", action="store_true", help="keep the runs only; analyse them another time")
     parser.add_argument("--strict", action="store_true", help="exit 5 if a partition did not hold")
+    parser.add_argument("--events", metavar="FILE", help="append each run to FILE as a line of JSON; makes no report")
     parser.add_argument("--json", action="store_true", help="print JSON: the plan, or the analysis")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the experiment, or show its plan."""
+    if args.events is None:
+        return _experiment(args, _tell_nobody)
+    from .events import Events
+
+    tell = Events(args.events).tell
+    args.no_report = True
+    try:
+        code = _experiment(args, tell)
+    except HostpartError as error:
+        tell({"event": "error", **error.to_json()})
+        tell({"event": "over", "exit_code": error.exit_code})
+        raise
+    tell({"event": "over", "exit_code": code})
+    return code
+
+
+def _tell_nobody(_event: dict[str, Any]) -> None:
+    pass
+
+
+def _experiment(args: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) -> int:
     refuse_nested()
+    if args.events is not None and args.plan:
+        raise UsageError("--events tells of runs, and --plan makes none", "leave one of them out")
     if args.host and not args.plan:
         raise UsageError("--host is for a plan: runs are made on this host only", "add --plan")
     if args.json and args.no_report and not args.plan:
-        raise UsageError("--json prints the analysis, which --no-report leaves out", "leave one of them out")
+        left_out = "--no-report leaves out" if args.events is None else "is not made with --events"
+        raise UsageError(f"--json prints the analysis, which {left_out}", "leave one of them out")
     design = _design(args)
     if not args.plan:
         recovery.tidy()
@@ -110,7 +135,8 @@ def run(args: argparse.Namespace) -> int:
         need()
     journal = results.Journal(args.out or f"{design.name}-results", document)
     try:
-        return _run(args, design, plan, topology, kept, journal)
+        tell({"event": "experiment", "document": document})
+        return _run(args, design, plan, topology, kept, journal, tell)
     finally:
         journal.close()
 
@@ -164,15 +190,18 @@ def _version() -> str:
     return __version__
 
 
-def _processes(text: str) -> int:
+def processes(text: str) -> int:
+    """Read a number of processes, as the file's key is read."""
     return _read(designs.processes, int, text)
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
+    """Read a time, likewise."""
     return _read(designs.seconds, float, text)
 
 
-def _seed(text: str) -> int:
+def seed(text: str) -> int:
+    """Read a seed, likewise."""
     return _read(designs.seed, int, text)
 
 
@@ -238,7 +267,13 @@ def _show_plan(
 
 
 def _run(
-    args: argparse.Namespace, design: Design, plan: Plan, topology: Topology, kept: CpuSet, journal: results.Journal
+    args: argparse.Namespace,
+    design: Design,
+    plan: Plan,
+    topology: Topology,
+    kept: CpuSet,
+    journal: results.Journal,
+    tell: Callable[[dict[str, Any]], None],
 ) -> int:
     before = results.read(journal.directory)
     done = before.done & {one.number for one in plan.runs}
@@ -249,13 +284,15 @@ def _run(
             signal.signal(number, _interrupt)
     try:
         if len(done) == len(plan.runs):
+            for run in before.runs:
+                tell({"event": "run", "run": run})
             _tell(
                 f"all {len(done)} runs are made already: {journal.directory}; name another --out DIR to make them anew"
             )
         else:
             with _alone():
                 _check_host(design, plan, topology, kept)
-                stopped, failure = _make(design, plan, kept, journal, before, done)
+                stopped, failure = _make(design, plan, kept, journal, before, done, tell)
         code = _show(args, journal.directory)
     except KeyboardInterrupt as interrupt:
         stopped = stopped or _number(interrupt)
@@ -281,26 +318,35 @@ def _make(
     journal: results.Journal,
     before: results.Results,
     done: frozenset[int],
+    tell: Callable[[dict[str, Any]], None],
 ) -> tuple[int, HostpartError | None]:
     # Make the runs; return the signal that stopped them, or 0, and the error that did.
     session, host = len(before.sessions), Host()
-    journal.begin(
-        {
-            "schema": 1,
-            "session": session,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "command": ["hostpart", *sys.argv[1:]],
-            "cwd": os.getcwd(),
-            "boot_id": host.read_text("proc/sys/kernel/random/boot_id").strip(),
-            "facts": read_facts(host),
-        }
-    )
+    begun = {
+        "schema": 1,
+        "session": session,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": ["hostpart", *sys.argv[1:]],
+        "cwd": os.getcwd(),
+        "boot_id": host.read_text("proc/sys/kernel/random/boot_id").strip(),
+        "facts": read_facts(host),
+    }
+    journal.begin(begun)
+    tell({"event": "session", "session": begun})
+    for run in before.runs:
+        tell({"event": "run", "run": run})
     if done:
         _tell(f"{len(done)} of {len(plan.runs)} runs are made already; going on in {journal.directory}")
     from .progress import Progress
 
     with Progress(plan, done, sys.stderr) as progress:
-        runner = Runner(design, plan, journal, session, kept, progress.hear)
+
+        def hear(run: Run, document: dict[str, Any] | None) -> None:
+            if document is not None:
+                tell({"event": "run", "run": document})
+            progress.hear(run, document)
+
+        runner = Runner(design, plan, journal, session, kept, hear)
         try:
             runner.run(done)
         except KeyboardInterrupt as interrupt:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 
 from .. import recovery
 from ..config import DRIFT_ANSWERS, Guest, ServiceVm, VmConfig, check_name, parse_sched
 from ..cpuset import CpuSet
 from ..device_model import Caller
-from ..errors import HostpartError, UsageError
+from ..errors import Failed, HostpartError, UsageError
 from ..front import Front, Interrupted, exit_code, say
 from ..host import Host
 from ..isolation import LEVELS, Wish
@@ -20,7 +21,7 @@ from . import options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from workers.probes.measurement import Probe
@@ -91,6 +92,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mlock", action="store_true", help="lock the guest's memory in RAM")
     parser.add_argument("--evidence", metavar="FILE", help="write what the kernel said of the run to FILE (JSON)")
+    parser.add_argument("--events", metavar="FILE", help="append what happens to FILE, a line of JSON each")
+    parser.add_argument(
+        "--hold", metavar="FIFO", help="START the guest when FIFO says 'start'; if it ends before, nothing has run"
+    )
     parser.add_argument("-v", "--verbose", action="count", default=0, help="say what happens; twice: in detail")
     parser.add_argument(
         "--probe", nargs=argparse.REMAINDER, choices=PROBES,
@@ -106,12 +111,23 @@ def run(args: argparse.Namespace) -> int:
         print(_probe_of(args.probe[0]).help())
         return 0
     document: dict[str, Any] = {}
+    tell: Callable[[dict[str, Any]], None] = _tell_nobody
     try:
-        code = _run(args, document)
-    except Interrupted as interrupt:
-        return 128 + interrupt.number
+        try:
+            if args.events is not None:
+                from .events import Events
+
+                tell = Events(args.events).tell
+            code = _run(args, document, tell)
+        except Interrupted as interrupt:
+            ended = Failed(f"{signal.Signals(interrupt.number).name} ended it before its guest ran", "run it again")
+            if args.hold is None:
+                tell({"event": "error", **ended.to_json(), "exit_code": 128 + interrupt.number})
+                return 128 + interrupt.number
+            raise ended from None  # whoever holds it may end it so, and is told in the same way as by the FIFO
     except HostpartError as error:
         document["error"] = error.to_json()
+        tell({"event": "error", **error.to_json()})
         say(f"{error}\ntry: {error.remedy}")
         code = FAILED
     if args.evidence:
@@ -123,7 +139,11 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def _run(args: argparse.Namespace, document: dict[str, Any]) -> int:
+def _tell_nobody(_event: dict[str, Any]) -> None:
+    pass
+
+
+def _run(args: argparse.Namespace, document: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> int:
     config = _config(args)
     refuse_nested()
     wish = Wish(config.isolation, config.scope, config.require, config.mems)
@@ -136,11 +156,22 @@ def _run(args: argparse.Namespace, document: dict[str, Any]) -> int:
         enable(args.verbose)
     caller = Caller()
     recovery.tidy()
-    front = Front(read_topology(Host()), caller, stop_on_interrupt=False, hear=_hear)
+
+    def hear(keeper: Running, message: dict[str, Any]) -> None:
+        _hear(keeper, message)
+        if message["event"] == "waiting":
+            tell({**message, "vm": keeper.name})
+
+    hold = args.hold is not None
+    front = Front(read_topology(Host()), caller, stop_on_interrupt=False, hear=hear)
     warn_of_throttling(config)
     try:
-        keeper = front.start(config, ServiceVm(reserve=args.reserve), Options(wish, args.wait))
+        keeper = front.start(config, ServiceVm(reserve=args.reserve), Options(wish, args.wait, hold=hold))
         front.wait(lambda: keeper.has("ready"))
+        tell({**keeper.said["ready"], "isolation": keeper.said["created"]["isolation"]})
+        if hold:
+            _hold(args.hold, front, keeper)
+            front.go()
         front.running()
         if text := level_text(keeper.said["created"]["isolation"]):
             say(text)
@@ -152,6 +183,8 @@ def _run(args: argparse.Namespace, document: dict[str, Any]) -> int:
     for number in sorted(set(ended["exec_errors"].values())):
         say(f"{args.command[0]!r}: {os.strerror(number)}")
     verdict = document["verdict"]
+    code = 5 if args.strict and verdict != "held" else exit_code(ended["statuses"])
+    tell({"event": "ended", "vm": config.name, "status": code, "evidence": ended["evidence"]})
     if args.verbose:
         from .evidence import summary
         from .table import colour_wanted
@@ -159,9 +192,19 @@ def _run(args: argparse.Namespace, document: dict[str, Any]) -> int:
         print(summary(document, colour=colour_wanted(sys.stderr)), file=sys.stderr)
     elif verdict == "broken":
         say(f"the partition did not hold: {'; '.join(document['reasons'])}")
-    if args.strict and verdict != "held":
-        return 5
-    return exit_code(ended["statuses"])
+    return code
+
+
+def _hold(path: str, front: Front, keeper: Running) -> None:
+    from .events import Gate
+
+    # Opened after the fork: the guest is not to have it.
+    gate = Gate(path)
+    try:
+        front.listen(gate.fd)
+        front.wait(lambda: keeper.has("ready") and gate.given())
+    finally:
+        gate.close()
 
 
 def _config(args: argparse.Namespace) -> VmConfig:

@@ -18,6 +18,7 @@ from . import columns
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from typing import Any
 
     from ..topology import Topology
 
@@ -33,6 +34,9 @@ _LINES = ("┌┐└┘─│", "++++-|")
 _STYLES = {"held": "\x1b[1;36m", "unusable": "\x1b[2m", "off": "\x1b[0m"}
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
 _EPILOG = """\
+With --json, 'free' is what one request can have on this host now: 'pcpus' with --smt shared, 'core_pcpus' with
+--smt exclusive, 'cores' whole cores, and 'llc' the most below one last-level cache.
+
 A letter after a pCPU says which VM holds it, and '-' that this process may not use it.
 NUMA, package and core are named by number; a cache is the last level that the cores in its box share.
 
@@ -65,7 +69,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         import json
 
-        print(json.dumps(topology.to_json(), indent=1))
+        document = topology.to_json()
+        if host.live:
+            document["free"] = _free(topology)
+        print(json.dumps(document, indent=1))
         return 0
     holders: Mapping[int, str] = {}
     if host.live:
@@ -75,6 +82,21 @@ def run(args: argparse.Namespace) -> int:
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print(draw(topology, holders, width=columns(), colour=colour, unicode=_takes_unicode()))
     return 0
+
+
+def _free(topology: Topology) -> dict[str, Any] | None:
+    # As 'plan' has it. A lock that does not come free is no reason to keep the rest back.
+    from ..allocator import room
+    from ..config import ServiceVm
+    from ..front import say
+    from ..launcher import supply_now
+    from ..lease import AllocatorBusy, Leases
+
+    try:
+        return room(topology, supply_now(topology, ServiceVm(), CpuSet(), Leases())).to_json()
+    except AllocatorBusy as error:
+        say(f"what is free is not known: {error}\ntry: {error.remedy}")
+        return None
 
 
 def draw(topology: Topology, holders: Mapping[int, str], *, width: int, colour: bool, unicode: bool) -> str:

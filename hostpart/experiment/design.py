@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
-__all__ = ["DEGREES", "OWN_SCOPE", "Aggressor", "Design", "Victim", "example_names", "load", "parse"]
+__all__ = ["DEGREES", "OWN_SCOPE", "Aggressor", "Design", "Victim", "example_names", "load", "parse", "text_of"]
 
 # How much a victim and an aggressor share, from everything to nothing but the machine.
 DEGREES = ("free", "same-pcpu", "sibling", "same-llc", "same-node", "other-node", "other-package", "elsewhere")
@@ -145,13 +145,21 @@ def example_names() -> tuple[str, ...]:
     return names_in(_EXAMPLES)
 
 
+def text_of(name: str) -> bytes:
+    """Return the text of a design: a file's, or one of hostpart's own as ``example:NAME``.
+
+    :raises ConfigError: where it cannot be read
+    """
+    return read_named(name, _EXAMPLES, "experiment")
+
+
 def load(name: str) -> Design:
     """Read a design, or one of hostpart's own as ``example:NAME``.
 
     :raises ConfigError: where it cannot be read, or with all its faults
     """
     try:
-        return parse(read_named(name, _EXAMPLES, "experiment"), name)
+        return parse(text_of(name), name)
     except DesignError:
         raise
     except ConfigError as error:
