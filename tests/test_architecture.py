@@ -32,6 +32,7 @@ LAYERS = (
     ("service_vm", "front", "attachment"),
     ("launcher",),
     ("experiment",),
+    ("fleet",),
     ("report",),
     ("cli",),
     ("__main__",),
@@ -39,7 +40,7 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # The package itself only names what its modules offer, and imports each when it is first asked for.
 MODULES = sorted(path for path in (ROOT / "hostpart").glob("*.py") if path.stem != "__init__")
-PACKAGES = ("isolation", "qemu", "experiment", "report")  # a layer each, whose parts know each other
+PACKAGES = ("isolation", "qemu", "experiment", "fleet", "report")  # a layer each, whose parts know each other
 MODULES += sorted(path for package in PACKAGES for path in (ROOT / "hostpart" / package).glob("*.py"))
 SOURCES = sorted(path for top in ("hostpart", "workers") for path in (ROOT / top).rglob("*.py"))
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["interpreter_of", "main", "sources"]
 
 # What is of no use in the guest, with the packages that only it needs: below hostpart, then below hostpart.cli.
-_LEFT_OUT = ("experiment", "report", "qemu")
-_COMMANDS_LEFT_OUT = ("analysis", "experiment", "report", "completion", "launch", "systemd_unit")
+_LEFT_OUT = ("experiment", "fleet", "report", "qemu")
+_COMMANDS_LEFT_OUT = ("analysis", "experiment", "fleet", "report", "completion", "launch", "systemd_unit")
 # Named by the interpreter and not by an import statement.
 _BY_NAME = ("encodings.ascii", "encodings.latin_1", "encodings.utf_8", "runpy", "site", "os", "traceback")
 # Recorded machines are read with these, and theirs is a third of all libraries; types are for who checks them.
@@ -43,7 +43,7 @@ def sources() -> list[str]:
                 folders[:] = [one for one in folders if one not in _LEFT_OUT]
             for file in files:
                 stem, suffix = os.path.splitext(file)
-                if suffix != ".py" or (name == "hostpart.cli" and stem in _COMMANDS_LEFT_OUT):
+                if suffix != ".py" or (name == "hostpart.cli" and stem.startswith(_COMMANDS_LEFT_OUT)):
                     continue
                 found.append(name if stem == "__init__" else f"{name}.{stem}")
     return sorted(found)
