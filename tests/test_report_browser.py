@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from hostpart.cli.report import write_fleet
 from hostpart.report.comparison import compare
 from hostpart.report.page import report
-from tests import experiments
+from tests import experiments, fleet_results
 from tests.test_report import HOSTILE, analysed, hostile
 from tests.vm.host import missing
 
@@ -57,6 +58,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, text in pages.items():
         found[name] = folder / f"{name}.html"
         found[name].write_text(text, encoding="utf-8")
+    found["three"] = Path(write_fleet(str(fleet_results.three(folder / "three"))))
+    many = {
+        f"rack1-node-{number:02}": fleet_results.values(number, 0.7 if number == 7 else 1.0) for number in range(12)
+    }
+    found["twelve"] = Path(write_fleet(str(fleet_results.write(folder / "twelve", many))))
     return found
 
 
@@ -147,15 +153,28 @@ _CUT = """() => [...document.querySelectorAll(".plot")].flatMap(plot => {
 })"""
 
 
+_PICTURES = {"one": 10, "two": 2, "three": 5, "twelve": 5}
+
+
 @pytest.mark.parametrize(
     ("name", "width", "theme"),
-    [("one", 360, "light"), ("one", 768, "dark"), ("one", 1280, "light"), ("two", 360, "dark")],
+    [
+        ("one", 360, "light"),
+        ("one", 768, "dark"),
+        ("one", 1280, "light"),
+        ("two", 360, "dark"),
+        ("three", 360, "dark"),
+        ("three", 768, "light"),
+        ("three", 1280, "dark"),
+        ("twelve", 360, "light"),
+        ("twelve", 1280, "dark"),
+    ],
     ids=str,
 )
 def test_every_picture_is_drawn_and_nothing_overflows(opened: Any, name: str, width: int, theme: str) -> None:
     page = opened(name, width, color_scheme=theme)
     plots = page.evaluate(_PLOTS)
-    assert len(plots) == int(page.evaluate("document.documentElement.dataset.drawn")) >= (10 if name == "one" else 2)
+    assert len(plots) == int(page.evaluate("document.documentElement.dataset.drawn")) >= _PICTURES[name]
     for plot in plots:
         assert plot["drawn"], plot
         assert plot["marks"], plot
@@ -272,6 +291,48 @@ def test_on_paper_the_tables_are_open_and_no_picture_is_cut(opened: Any) -> None
     assert page.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.evaluate("document.querySelectorAll('details[open]').length") == 0
+
+
+@pytest.mark.parametrize("width", [360, 768, 1280])
+def test_the_slowed_host_is_named_where_it_is_seen(opened: Any, width: int) -> None:
+    page = opened("three", width, reduced_motion="reduce")
+    told = page.locator("aside.warning").inner_text()
+    assert re.search(r"gamma stands out: integer alone \(affinity\) is 0\.\d\d of the others' median", told)
+    assert page.locator("aside.warning").bounding_box()["y"] < page.locator("#findings").bounding_box()["y"]
+    link = page.locator("aside.warning a").first
+    link.click()
+    box = page.locator("#host-2").bounding_box()
+    assert -2 <= box["y"] <= 800
+    label = page.locator("#alone")
+    label.scroll_into_view_if_needed()
+    assert "stands out" in label.inner_text()
+    # A host's figures are beside its name, and nothing of them is folded where there are three.
+    assert page.locator("#host-2 .heat").first.is_visible()
+    assert page.locator("#map-2").is_visible()
+
+
+def test_many_hosts_are_folded_and_unfold(opened: Any) -> None:
+    page = opened("twelve", 360)
+    fold = page.locator("#host-7")
+    assert not fold.locator(".map").is_visible()
+    assert "stands out" in fold.locator("summary").first.inner_text()
+    # Whoever follows a link to a host sees it, not only its name.
+    page.locator("aside.warning a", has_text="rack1-node-07").first.click()
+    page.wait_for_function("document.querySelector('#host-7').open")
+    assert fold.locator(".map").is_visible()
+    for one in page.locator("details").all():
+        one.evaluate("one => one.open = true")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.evaluate(_STICKING_OUT) == []
+
+
+def test_on_paper_every_host_is_there(opened: Any) -> None:
+    page = opened("twelve", 1280, color_scheme="dark")
+    assert 8 <= _pages(page.pdf(format="A4")) <= 60
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("details.host > summary").first.is_visible()
+    assert page.locator("#map-11").is_visible()
 
 
 def _pages(paper: bytes) -> int:

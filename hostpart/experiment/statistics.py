@@ -51,6 +51,7 @@ __all__ = [
     "RESAMPLES",
     "Ranks",
     "Trend",
+    "error",
     "holm",
     "median",
     "median_interval",
@@ -141,6 +142,14 @@ def median_interval(
     if len(sample) < FEWEST:
         return None
     return _between(_medians(sample, seed, _THIS, resamples), tail(len(sample), confidence))
+
+
+def error(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES) -> float:
+    """Return the standard error of the median: the standard deviation of its bootstrap.
+
+    :raises ValueError: where a value is not finite, or there is none
+    """
+    return float(_medians(_sample(values), seed, _THIS, resamples).std())
 
 
 def ratio(values: Sequence[float], base: Sequence[float]) -> float | None:

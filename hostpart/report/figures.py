@@ -19,7 +19,7 @@ from .markup import Html, element, inline_json, plain, table
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
 
 __all__ = [
@@ -27,12 +27,14 @@ __all__ = [
     "COLOURS",
     "HEAT",
     "Plot",
+    "Row",
     "Styles",
     "compared",
     "contrast",
     "distributions",
     "drift",
     "heat",
+    "hosts",
     "matrix",
     "noise",
     "processes",
@@ -132,10 +134,12 @@ class Styles:
         return _SYMBOLS[0 if place is None else (place + 1) % len(_SYMBOLS)]
 
 
-def matrix(group: Group, name: str) -> Plot | None:
+def matrix(group: Group, name: str, over: str = "") -> Plot | None:
     """Return the ratios of a group as a heat map: a row per placement, a column per aggressor; None: none is known.
 
     In the colours, worse is orange whether the metric is to be high or low.
+
+    :param over: what the ratios are of, where that is more than one host: ``of 3 hosts together``
     """
     placements, aggressors = group.placements, group.aggressors
     costs: list[list[float | None]] = []
@@ -199,7 +203,8 @@ def matrix(group: Group, name: str) -> Plot | None:
     best, worst = _extremes(group)
     sentence = (
         f"Heat map of the {metric_words(group.metric)} of {group.name} beside each aggressor at each placement, as a "
-        f"ratio to what it is alone, at isolation {group.isolation}. The worst is {worst}, the best {best}."
+        f"ratio to what it is alone, at isolation {group.isolation}{f', {over}' if over else ''}. "
+        f"The worst is {worst}, the best {best}."
     )
     words = f"{group.name}, {group.isolation}: {metric_words(group.metric)} as a ratio to alone"
     values = table(["placement", *aggressors], rows, caption=words)
@@ -233,7 +238,9 @@ def _cell(one: Mapping[str, Any] | None) -> tuple[str, list[str]]:
     metric = primary(one)
     if metric is None:
         return f"{head}<br>no run told it", ["no data"]
-    absolute = f"{quantity.interval(metric['median'], metric.get('ci'), metric['unit'])}, n = {metric['n']}"
+    absolute = metric.get("told") or (
+        f"{quantity.interval(metric['median'], metric.get('ci'), metric['unit'])}, n = {metric['n']}"
+    )
     ratio = ratio_of(metric)
     if ratio is None:
         return f"{head}<br>{_safe(absolute)}<br>no run alone to compare with", ["no ratio"]
@@ -790,6 +797,212 @@ def compared(
     )
     high = 46 + _more([one for one, _ in rows])
     return Plot(name, sentence, _figure(traces, layout), None, height=90 + high * len(rows))
+
+
+class Row:
+    """A figure that hosts have, in a picture of how they lie to each other.
+
+    :ivar label: the lines beside the axis
+    :ivar points: each host's name, value and interval, in the hosts' order
+    :ivar out: the hosts that stand out
+    :ivar pooled: all hosts as one: ``ratio``, ``ci``, ``prediction`` of ``pooled.schema.json``; None: not pooled
+    """
+
+    def __init__(
+        self,
+        label: Sequence[str],
+        points: Sequence[tuple[str, float, Sequence[float] | None]],
+        out: Iterable[str],
+        pooled: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.label, self.points, self.out, self.pooled = label, points, frozenset(out), pooled
+
+
+def hosts(title: str, axis: str, rows: Sequence[Row], name: str) -> Plot | None:
+    """Return how hosts lie to each other, a row per figure and a mark per host; None where no figure is known.
+
+    Some hosts have a colour and a mark each, and their intervals; many are alike, but for those that stand out.
+
+    :param axis: what the values are, as words
+    """
+    every = list(dict.fromkeys(host for row in rows for host, _, _ in row.points))
+    if not every:
+        return None
+    few = len(every) <= _FEW
+    pooled = any(row.pooled and row.pooled.get("ratio") is not None for row in rows)
+    traces = _each_host(rows, every) if few else _many_hosts(rows)
+    ends = [end for trace in traces for end in trace.pop("ends")]
+    if pooled:
+        drawn = _pooled_marks(rows, len(every))
+        ends += [end for trace in drawn for end in trace.pop("ends")]
+        traces += drawn
+    traces += _out_marks(rows, every, few=few)
+    left = 14 + 7 * max(len(_shortened(line)) for row in rows for line in row.label)
+    low, high = min([*ends, 1.0]), max([*ends, 1.0])
+    far = low > 0 and high / low > 4
+    # What is close together is shown close together: a picture of nothing but noise would look like a difference. A
+    # prediction may be a hundred times as wide as all else: it is cut, and the rest not made small.
+    room = max((high - low) * 0.12, 0.02)
+    wide = [end for row in rows for end in (row.pooled or {}).get("prediction") or ()]
+    low, high = (max(min([low, *wide]), low - 4 * room), min(max([high, *wide]), high + 4 * room))
+    span = {"range": [low - room, high + room]} if not far else {"type": "log", "dtick": "D2"}
+    line = {"color": ALONE, "width": 1, "dash": "dot"}
+    layout = {
+        "xaxis": {"title": {"text": axis}, "zeroline": False, "nticks": 6, **span},
+        "yaxis": {
+            **_names(["<br>".join(_safe(_shortened(line)) for line in row.label) for row in rows], safe=True),
+            "range": [len(rows) - 0.5, -0.5],
+            "zeroline": False,
+            "showgrid": False,
+        },
+        "shapes": [{"type": "line", "x0": 1, "x1": 1, "y0": 0, "y1": 1, "yref": "paper", "line": line}],
+        "showlegend": True,
+        "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "xanchor": "left"},
+        "margin": {"l": left, "r": 12, "t": 40 + 20 * (len(every) // 3 if few else 1), "b": 46},
+    }
+    outside = sorted({host for row in rows for host in row.out})
+    told = f" These stand out: {', '.join(outside)}." if outside else " None stands out."
+    sentence = f"{title}: {axis}, of {quantity.count(len(every), 'host')}.{told}"
+    each = 46 + (7 * len(every) if few else 34) + 20 * pooled
+    return Plot(
+        name, sentence, _figure(traces, layout), None, height=110 + 20 * (len(every) // 3) * few + each * len(rows)
+    )
+
+
+_FEW = 8  # hosts that have a colour and a mark each
+_OUT = "#d55e00"
+
+
+def _each_host(rows: Sequence[Row], every: Sequence[str]) -> list[dict[str, Any]]:
+    traces = []
+    for place, host in enumerate(every):
+        known = [(number, one) for number, row in enumerate(rows) for one in row.points if one[0] == host]
+        ends = [_ends({"value": value, "ci": ci}) for _, (_, value, ci) in known]
+        colour = COLOURS[(2, 3, 5, 1, 4, 7, 6, 0)[place % 8]]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": _safe(_shortened(host)),
+                "x": [_digits(value) for _, (_, value, _) in known],
+                "y": [number + _below(place, len(every)) for number, _ in known],
+                "error_x": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [_digits(high - value) for (_, (_, value, _)), (_, high) in zip(known, ends, strict=True)],
+                    "arrayminus": [
+                        _digits(value - low) for (_, (_, value, _)), (low, _) in zip(known, ends, strict=True)
+                    ],
+                    "color": colour,
+                    "thickness": 2,
+                    "width": 3,
+                },
+                "marker": {"size": 8, "color": colour, "symbol": _SYMBOLS[place % len(_SYMBOLS)]},
+                "hoverinfo": "text",
+                "hovertext": [_point_words(rows[number], one) for number, one in known],
+                "ends": [end for pair in ends for end in pair],
+            }
+        )
+    return traces
+
+
+def _many_hosts(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    known = [(number, place, one) for number, row in enumerate(rows) for place, one in enumerate(row.points)]
+    return [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": "a host each",
+            "x": [_digits(value) for _, _, (_, value, _) in known],
+            "y": [_digits(number + _scattered(place)) for number, place, _ in known],
+            "marker": {"size": 6, "color": ALONE, "opacity": 0.6},
+            "hoverinfo": "text",
+            "hovertext": [_point_words(rows[number], one) for number, _, one in known],
+            "ends": [value for _, _, (_, value, _) in known],
+        }
+    ]
+
+
+def _pooled_marks(rows: Sequence[Row], many: int) -> list[dict[str, Any]]:
+    known = [
+        (number, row.pooled) for number, row in enumerate(rows) if row.pooled and row.pooled.get("ratio") is not None
+    ]
+    found = []
+    for part, label, width, end in (("prediction", "one host more", 1, 6), ("ci", "all hosts", 3, 0)):
+        shown = [(number, one) for number, one in known if part == "ci" or one.get(part)]
+        if not shown:
+            continue
+        ends = [_ends({"value": one["ratio"], "ci": one.get(part)}) for _, one in shown]
+        found.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": label,
+                "x": [_digits(one["ratio"]) for _, one in shown],
+                "y": [number + 0.38 for number, _ in shown],
+                "error_x": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [_digits(high - one["ratio"]) for (_, one), (_, high) in zip(shown, ends, strict=True)],
+                    "arrayminus": [_digits(one["ratio"] - low) for (_, one), (low, _) in zip(shown, ends, strict=True)],
+                    "color": ALONE,
+                    "thickness": width,
+                    "width": end,
+                },
+                "marker": {"size": 11, "color": ALONE, "symbol": "diamond-wide"}
+                if part == "ci"
+                else {"size": 12, "color": ALONE, "symbol": "line-ew-open", "line": {"width": 1}},
+                "hoverinfo": "text" if part == "ci" else "skip",
+                "hovertext": [
+                    f"<b>{many} hosts</b><br>ratio {_both({'value': one['ratio'], 'ci': one.get('ci')})}"
+                    + (
+                        f"<br>one host more: {quantity.ratio(one['ratio'], one['prediction'])[1]}"
+                        if one.get("prediction")
+                        else ""
+                    )
+                    for _, one in shown
+                ],
+                "ends": [end for pair in ends for end in pair] if part == "ci" and many > 2 else [],
+            }
+        )
+    return found
+
+
+def _out_marks(rows: Sequence[Row], every: Sequence[str], *, few: bool) -> list[dict[str, Any]]:
+    known = [
+        (number, (_below(every.index(one[0]), len(every)) if few else _scattered(place)), one)
+        for number, row in enumerate(rows)
+        for place, one in enumerate(row.points)
+        if one[0] in row.out
+    ]
+    if not known:
+        return []
+    return [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": "stands out",
+            "x": [_digits(value) for _, _, (_, value, _) in known],
+            "y": [_digits(number + off) for number, off, _ in known],
+            "marker": {"size": 17, "color": _OUT, "symbol": "circle-open", "line": {"width": 2}},
+            "hoverinfo": "text",
+            "hovertext": [f"{_point_words(rows[number], one)}<br>stands out" for number, _, one in known],
+        }
+    ]
+
+
+# Where a host's mark is within its row: below each other, or where there are many, as if at random.
+def _below(place: int, many: int) -> float:
+    return (place - (many - 1) / 2) * 0.5 / max(many, 1)
+
+
+def _scattered(place: int) -> float:
+    return (place * 0.618034 % 1 - 0.5) * 0.44
+
+
+def _point_words(row: Row, one: tuple[str, float, Sequence[float] | None]) -> str:
+    host, value, ci = one
+    return f"<b>{_safe(_shortened(host, 60))}</b>: {_safe(', '.join(row.label))}<br>{_both({'value': value, 'ci': ci})}"
 
 
 def _both(ratio: Mapping[str, Any]) -> str:

@@ -94,7 +94,8 @@ class Group:
 def groups(analysis: Mapping[str, Any]) -> list[Group]:
     """Return the analysis's conditions by victim, isolation level and victim's pCPU.
 
-    A victim's levels come one after the other. On a hybrid host it ran on a pCPU of each kind, and alone on each.
+    A victim's levels come one after the other. On a hybrid host it ran on a pCPU of each kind, and alone on each. A
+    condition of several hosts says itself which ``place`` it is of: their pCPUs have other numbers.
     """
     pcpus: dict[str, set[str]] = {}
     for one in analysis["conditions"]:
@@ -103,6 +104,9 @@ def groups(analysis: Mapping[str, Any]) -> list[Group]:
     for one in analysis["conditions"]:
         victim, isolation, pcpu = key = (str(one["victim"]), str(one["isolation"]), str(one.get("victim_pcpu")))
         place = f"{kind(str(one['placement']))} pCPU {pcpu}".strip() if len(pcpus[victim]) > 1 else ""
+        if "place" in one:
+            place = str(one["place"])
+            key = (victim, isolation, place)
         group = found.setdefault(key, Group(victim, isolation, len(found), place))
         if one.get("aggressor") is None:
             group.alones.append(one)

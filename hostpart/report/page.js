@@ -42,9 +42,18 @@
     for (const place of drawn) Plotly.relayout(place, { autosize: true, width: null });
   }
 
+  // Whoever follows a link to what is folded wants to see it.
+  function unfold() {
+    const place = document.getElementById(location.hash.slice(1));
+    for (let one = place; one; one = one.parentElement) if (one.tagName == "DETAILS") one.open = true;
+    if (place && place.tagName == "DETAILS") place.scrollIntoView();
+  }
+
+  addEventListener("hashchange", unfold);
   addEventListener("beforeprint", toPaper);
   addEventListener("afterprint", toScreen);
   addEventListener("resize", reachable);
   document.addEventListener("toggle", reachable, true);
+  unfold();
   draw();
 })();
