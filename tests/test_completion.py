@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hostpart.allocator import POLICIES
+from hostpart.cli import fleet
 from hostpart.cli.completion import SHELLS, add, run, script
 from hostpart.config import ISOLATION_LEVELS, example_names
 from hostpart.experiment import design
@@ -18,7 +19,7 @@ EXPERIMENTS = ("example:null",)
 
 
 def demo_parsers() -> dict[str, argparse.ArgumentParser]:
-    names = ("topology", "plan", "launch", "experiment", "run", "ps", "show", "stop", "completion")
+    names = ("topology", "plan", "launch", "experiment", "run", "ps", "show", "stop", "fleet", "completion")
     parsers = {name: argparse.ArgumentParser(prog=f"hostpart {name}") for name in names}
     run = parsers["run"]
     run.description = "Run a command on pCPUs of its own: 100 %% isn't [more]; see below. And so on."
@@ -43,7 +44,19 @@ def demo_parsers() -> dict[str, argparse.ArgumentParser]:
     parsers["show"].add_argument("vm", metavar="VM")
     parsers["stop"].add_argument("vm", nargs="+", metavar="VM")
     add(parsers["completion"])
+    parsers["fleet"].add_argument("--hosts", metavar="LIST")
+    parsers["fleet"].add_argument("--insecure", action="store_true")
+    parsers["fleet"].add_argument("action", choices=("ps", "stop"))
+    parsers["fleet"].add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parsers
+
+
+def demo_actions() -> dict[str, argparse.ArgumentParser]:
+    actions = {f"fleet {name}": argparse.ArgumentParser(prog=f"hostpart fleet {name}") for name in ("ps", "stop")}
+    actions["fleet ps"].add_argument("--json", action="store_true")
+    actions["fleet stop"].add_argument("vm", metavar="VM")
+    actions["fleet stop"].add_argument("--evidence", metavar="FILE")
+    return actions
 
 
 @pytest.fixture
@@ -66,7 +79,7 @@ def bash_offers(home: Path, line: str, more: str = "") -> list[str]:
     if line.endswith((" ", ":", "=")):
         # After a blank a new word begins; after ':' or '=' bash takes that character for the word.
         words += [""] if line.endswith(" ") else []
-    code = script("bash", demo_parsers(), EXAMPLES, EXPERIMENTS) + (
+    code = script("bash", {**demo_parsers(), **demo_actions()}, EXAMPLES, EXPERIMENTS) + (
         f"{more}\n"
         'COMP_LINE=$1; COMP_POINT=${#1}; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))\n'
         '_hostpart hostpart; ((${#COMPREPLY[@]} == 0)) || printf "%s\\n" "${COMPREPLY[@]}"'
@@ -113,6 +126,14 @@ def bash_offers(home: Path, line: str, more: str = "") -> list[str]:
         ("hostpart topology --odd ", ["it's", "$(id)"]),
         ("hostpart completion ", ["bash", "zsh", "fish"]),
         ("hostpart nonsense ", []),
+        ("hostpart fleet ", ["ps", "stop"]),
+        ("hostpart fleet --i", ["--insecure"]),
+        ("hostpart fleet --hosts stop --insecure s", ["stop"]),
+        ("hostpart fleet --hosts a ps --", ["--help", "--json"]),
+        ("hostpart fleet stop --", ["--help", "--evidence"]),
+        ("hostpart fleet stop r", ["rt"]),
+        ("hostpart fleet stop --evidence x u", ["uos1"]),
+        ("hostpart fleet nonsense ", []),
         ("hostpart run -- hostpar", ["hostpart"]),
         ("hostpart run --policy packed hostpar", ["hostpart"]),
         ("hostpart run -- cat --p", []),
@@ -213,4 +234,5 @@ def test_the_command_prints_the_script_with_the_examples_that_come_with_hostpart
     args = demo_parsers()["completion"].parse_args(["bash"])
     assert run(args) == 0
     names = [[f"example:{name}" for name in names] for names in (example_names(), design.example_names())]
-    assert capsys.readouterr().out == script("bash", demo_parsers(), *names)
+    actions = {f"fleet {action}": fleet.action_parser(action) for action in fleet.ACTIONS}
+    assert capsys.readouterr().out == script("bash", {**demo_parsers(), **actions}, *names)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import NoReturn
 
-__all__ = ["COMMANDS", "columns", "main", "parsers"]
+__all__ = ["COMMANDS", "columns", "main", "make_parser", "parsers"]
 
 # In the order of the help: look, run, manage, mend.
 COMMANDS = {
@@ -28,6 +28,7 @@ COMMANDS = {
     "resume": "let a paused VM run again",
     "stop": "end a VM and free its pCPUs",
     "experiment": "measure what sharing pCPUs costs on this host",
+    "fleet": "look at, run and experiment on many hosts at once",
     "audit": "check from outside that every VM is where it should be",
     "report": "write an experiment's results into one file of HTML",
     "restore": "end what killed hostpart left behind; put the host back",
@@ -46,6 +47,15 @@ def _module(command: str) -> ModuleType:
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
+    return make_parser(f"hostpart {command}", _module(command))
+
+
+def make_parser(prog: str, module: ModuleType) -> argparse.ArgumentParser:
+    """Return the parser of a command, with the arguments that its module's ``add`` says.
+
+    :param prog: what the user has typed to come there
+    :param module: its ``FAILED``, where there is one, is the exit status of a usage error
+    """
     import argparse
 
     from ..errors import UsageError
@@ -54,8 +64,6 @@ def _parser(command: str) -> argparse.ArgumentParser:
     argparse._ = str  # type: ignore[attr-defined]
     # Without a width, the formatter imports shutil, with all its compressors, to ask for it.
     width = columns() - 2
-
-    module = _module(command)
 
     class Formatter(argparse.HelpFormatter):
         def __init__(self, prog: str) -> None:
@@ -71,7 +79,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
             status = getattr(module, "FAILED", UsageError.exit_code)
             self.exit(status, f"{self.prog}: {message}\ntry: {self.prog} --help\n")
 
-    parser = Parser(prog=f"hostpart {command}", allow_abbrev=False, formatter_class=Formatter)
+    parser = Parser(prog=prog, allow_abbrev=False, formatter_class=Formatter)
     module.add(parser)
     return parser
 

@@ -73,12 +73,13 @@ Exit status: 0 printed, 2 there is no such shell."""
 def run(args: argparse.Namespace) -> int:
     """Print the script for ``args.shell``."""
     from ..experiment import design
-    from . import parsers
+    from . import fleet, parsers
 
     examples, experiments = (
         [f"{EXAMPLE_PREFIX}{name}" for name in names] for names in (example_names(), design.example_names())
     )
-    print(script(args.shell, parsers(), examples, experiments), end="")
+    actions = {f"fleet {action}": fleet.action_parser(action) for action in fleet.ACTIONS}
+    print(script(args.shell, {**parsers(), **actions}, examples, experiments), end="")
     return 0
 
 
@@ -91,14 +92,18 @@ def script(
     """Return the completion script.
 
     :param shell: one of :data:`SHELLS`
-    :param parsers: each command's own parser, by the command's name, in the order to list them
+    :param parsers: each command's own parser, by the command's name, in the order to list them; after them those of
+        their actions, by both names (``fleet stop``), which bash completes
     :param examples: scenarios to offer wherever a scenario file is wanted
     :param experiments: the same, where the file of an experiment is
     """
     commands = [
-        _read(name, parser, experiments if name == "experiment" else examples) for name, parser in parsers.items()
+        _read(name, parser, experiments if name.endswith("experiment") else examples)
+        for name, parser in parsers.items()
     ]
-    return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](commands)
+    if shell == "bash":
+        return _bash(commands)
+    return {"zsh": _zsh, "fish": _fish}[shell]([command for command in commands if " " not in command.name])
 
 
 def _read(name: str, parser: argparse.ArgumentParser, examples: Sequence[str]) -> _Command:
@@ -139,7 +144,7 @@ def _takes(action: argparse.Action, examples: Sequence[str]) -> _Takes:
         return _Takes("words", _BY_DEST[action.dest])
     metavar = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
     if not action.option_strings:
-        if action.nargs == argparse.REMAINDER or metavar.startswith("COMMAND"):
+        if metavar.startswith("COMMAND"):
             return _Takes("command")
         if metavar == "FILE":
             return _Takes("scenario", tuple(examples))
@@ -197,6 +202,8 @@ _hostpart() {
             if _hostpart_takes "$command" "$word" && [[ $takes != optional* ]]; then
                 pending=$takes
             fi
+        elif ((place == 0)) && _hostpart_options "$command $word"; then
+            command+=" $word"
         else
             _hostpart_takes "$command" "$place"
             if [[ $takes == command ]]; then
@@ -287,9 +294,10 @@ def _bash(commands: Sequence[_Command]) -> str:
         takes += [(f"{command.name} {place}", _bash_takes(one)) for place, one in enumerate(command.positionals)]
         if command.repeats:
             takes.append((f"{command.name} *", _bash_takes(command.positionals[-1])))
-        names = " ".join(name for option in command.options for name in option.names if name.startswith("--"))
-        options.append(f"        {command.name}) options={_quoted(names)} ;;")
-    engine = _BASH_ENGINE.replace("@COMMANDS@", " ".join([*(command.name for command in commands), *_TOP_OPTIONS]))
+        long = " ".join(name for option in command.options for name in option.names if name.startswith("--"))
+        options.append(f"        {_quoted(command.name)}) options={_quoted(long)} ;;")
+    names = [command.name for command in commands if " " not in command.name]
+    engine = _BASH_ENGINE.replace("@COMMANDS@", " ".join([*names, *_TOP_OPTIONS]))
     return "\n".join(
         [
             "# bash completion for hostpart, printed by 'hostpart completion bash'",
@@ -303,10 +311,14 @@ def _bash(commands: Sequence[_Command]) -> str:
             "    esac",
             "}",
             "",
+            "# Set the long options of command, or command and action, $1; fail if there is none.",
             "_hostpart_options() {",
             "    case $1 in",
             *options,
-            "        *) options= ;;",
+            "        *)",
+            "            options=",
+            "            return 1",
+            "            ;;",
             "    esac",
             "}",
             engine,
