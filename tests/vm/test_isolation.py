@@ -15,6 +15,7 @@ from hostpart import recovery, tree
 from hostpart.ledger import Ledger
 from tests.vm.command import Started, run, sleeper, start, wait_until
 from tests.vm.fingerprint import difference, fingerprint
+from tests.vm.seldom import SELDOM
 
 pytestmark = pytest.mark.vm(limit_s=240)
 
@@ -199,8 +200,10 @@ def _load_average() -> int:
     return int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
 
 
-@pytest.mark.vm(limit_s=500, every=True)
-@pytest.mark.parametrize("level", ["cpuset", "full"])
+@pytest.mark.vm(limit_s=500)
+@pytest.mark.parametrize(
+    "level", [pytest.param("cpuset", marks=SELDOM), pytest.param("full", marks=pytest.mark.vm(every=True))]
+)
 def test_nothing_else_runs_on_the_guests_pcpus(level: str) -> None:
     before = fingerprint(tasks=False)
     load = _load(24)
