@@ -29,8 +29,8 @@ from hostpart.fleet.cluster import Cluster, quiet
 from hostpart.fleet.dispatch import Dispatcher, Outcome, Word
 from hostpart.fleet.journal import Journal
 from hostpart.fleet.link import Link
-from hostpart.fleet.request import CORE_PCPUS, PCPUS, Request
-from hostpart.fleet.supply import resources
+from hostpart.fleet.request import Request
+from hostpart.fleet.supply import CORE_PCPUS, PCPUS, resources
 
 RUN = "0123456789ab"
 CHANNELS = ("events", "stdout", "stderr")

@@ -11,7 +11,8 @@ from hostpart.cli import options
 from hostpart.cli import run as run_command
 from hostpart.cli.fleet_session import words_of
 from hostpart.errors import UsageError
-from hostpart.fleet.request import CORE_PCPUS, LLC, PCPUS, Request, needs_of, new_run, number_of
+from hostpart.fleet.request import Request, needs_of, new_run, number_of
+from hostpart.fleet.supply import CORE_PCPUS, LLC, PCPUS
 
 
 def test_a_request_is_json_and_its_name_tells_which_it_is() -> None:

@@ -81,12 +81,15 @@ from scipy import special
 from ..value import Value
 from . import statistics
 from .intake import finite
+from .results import by_key
 from .statistics import CONFIDENCE, FEWEST
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
+
+    from .results import ConditionKey
 
 __all__ = ["ALPHA", "LARGE", "SCHEMA", "SPREAD", "WEIGHT", "Estimate", "Pooled", "combine", "pool", "standing_out"]
 
@@ -224,8 +227,6 @@ def _farthest(left: Sequence[Estimate], prior: float) -> tuple[int, float]:
 
 # -- the document ----------------------------------------------------------------------------------------
 
-_Key = tuple[str, str, "str | None", str]  # victim, isolation, aggressor, placement
-
 
 def pool(hosts: Mapping[str, Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
     """Return what the *hosts'* analyses show together; the same for the same, in whatever order they are given.
@@ -240,7 +241,7 @@ class _Document:
     def __init__(self, hosts: Mapping[str, Mapping[str, Any]], seed: int) -> None:
         self.hosts = {name: hosts[name] for name in sorted(hosts)}
         self.seed = seed
-        self.conditions = {name: _by_key(one) for name, one in self.hosts.items()}
+        self.conditions = {name: by_key(one) for name, one in self.hosts.items()}
         # In the plan's order, of the first host that has it.
         self.keys = list(dict.fromkeys(key for those in self.conditions.values() for key in those))
         self.warnings: list[str] = []
@@ -276,7 +277,7 @@ class _Document:
             "warnings": self.warnings,
         }
 
-    def _about(self, key: _Key) -> tuple[dict[str, Any], dict[str, Mapping[str, Any]], dict[str, str]]:
+    def _about(self, key: ConditionKey) -> tuple[dict[str, Any], dict[str, Mapping[str, Any]], dict[str, str]]:
         # What is compared, the metric of each host that can be compared, and why the others can't.
         found: dict[str, Mapping[str, Any]] = {}
         why: dict[str, str] = {}
@@ -300,7 +301,7 @@ class _Document:
         names = dict(zip(("victim", "isolation", "aggressor", "placement"), key, strict=True))
         return {**names, **shown}, found, why
 
-    def _alone(self, key: _Key) -> dict[str, Any]:
+    def _alone(self, key: ConditionKey) -> dict[str, Any]:
         about, metrics, why = self._about(key)
         estimates = []
         hosts: dict[str, Any] = {}
@@ -336,7 +337,7 @@ class _Document:
             "outliers": out,
         }
 
-    def _ratio(self, key: _Key) -> dict[str, Any]:
+    def _ratio(self, key: ConditionKey) -> dict[str, Any]:
         about, metrics, why = self._about(key)
         estimates = []
         hosts: dict[str, Any] = {}
@@ -377,7 +378,7 @@ class _Document:
             "outliers": out,
         }
 
-    def _base(self, name: str, key: _Key) -> Mapping[str, Any] | None:
+    def _base(self, name: str, key: ConditionKey) -> Mapping[str, Any] | None:
         those = self.conditions[name]
         one = those[key]
         same = [
@@ -388,20 +389,6 @@ class _Document:
         ]
         metric = _primary(same[0]) if same else None
         return metric if same and same[0]["primary"] == one["primary"] else None
-
-
-def _by_key(analysis: Mapping[str, Any]) -> dict[_Key, Mapping[str, Any]]:
-    found: dict[_Key, Mapping[str, Any]] = {}
-    for one in analysis["conditions"]:
-        aggressor = one.get("aggressor")
-        key = (
-            str(one["victim"]),
-            str(one["isolation"]),
-            None if aggressor is None else str(aggressor),
-            str(one["placement"]),
-        )
-        found.setdefault(key, one)
-    return found
 
 
 def _primary(condition: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

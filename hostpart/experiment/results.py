@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-__all__ = ["Journal", "Results", "against", "overlaps", "read", "replace"]
+__all__ = ["ConditionKey", "Journal", "Results", "against", "by_key", "overlaps", "read", "replace"]
 
 _NAME_ONE = "name a directory that 'hostpart experiment' wrote"
 _NONE = type(None)
@@ -50,6 +50,7 @@ _RUN: dict[str, type | tuple[type, ...]] = {
     "error": (dict, _NONE),
 }
 
+ConditionKey = tuple[str, str, "str | None", str]  # victim, isolation, aggressor, placement
 EXPERIMENT, SESSIONS, RUNS = "experiment.json", "sessions.jsonl", "runs.jsonl"
 
 
@@ -131,6 +132,21 @@ def replace(path: str, text: str) -> None:
         except OSError:
             pass
         raise
+
+
+def by_key(analysis: Mapping[str, Any]) -> dict[ConditionKey, Mapping[str, Any]]:
+    """Return an analysis's conditions by what they have in common with those of another host or date."""
+    found: dict[ConditionKey, Mapping[str, Any]] = {}
+    for one in analysis["conditions"]:
+        aggressor = one.get("aggressor")
+        key = (
+            str(one["victim"]),
+            str(one["isolation"]),
+            None if aggressor is None else str(aggressor),
+            str(one["placement"]),
+        )
+        found.setdefault(key, one)
+    return found
 
 
 def against(condition: Mapping[str, Any]) -> tuple[str, ...]:

@@ -108,19 +108,19 @@ class Agent:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def refresh(self, *, again: bool = False) -> None:
+    async def refresh(self, *, at_once: bool = False) -> None:
         """Tell the scheduler what is free now, where that has changed: less at once, and more in a moment.
 
         By then it may be taken again, as where one short guest follows the other: each telling costs the scheduler.
 
-        :param again: also where it has not changed, and at once
+        :param at_once: more is told at once as well
         """
         async with self._turn:
             now = await self._supply()
-            if now == self._told and not again:
+            if now == self._told:
                 return
             more = any(count > self._told.get(name, 0) for name, count in now.items())
-            if not again and all(count >= self._told.get(name, 0) for name, count in now.items()):
+            if not at_once and all(count >= self._told.get(name, 0) for name, count in now.items()):
                 if not self._due:
                     self._due = True
                     self.later(self._more())
@@ -136,8 +136,7 @@ class Agent:
     async def _more(self) -> None:
         await asyncio.sleep(_MORE_S)
         self._due = False
-        if await self._supply() != self._told:
-            await self.refresh(again=True)
+        await self.refresh(at_once=True)
 
     def place(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Have a request placed and held, in this thread, which is the worker's and not that of its event loop."""
@@ -308,7 +307,7 @@ async def look(text: str, dask_worker: Worker) -> str:
     try:
         agent = _agent(dask_worker)
         _object(text)
-        await agent.refresh(again=True)
+        await agent.refresh(at_once=True)
         return json.dumps({"free": agent.told})
     except (HostpartError, OSError) as error:
         return _refusal(error)

@@ -21,9 +21,10 @@ from ..errors import DoesNotFit, Failed
 from ..experiment.intake import finite
 from ..value import Value
 from . import agent
-from .request import CORE_PCPUS, PCPUS, Request, number_of
+from .request import Request, number_of
 from .resumption import Known
 from .roster import choose
+from .supply import CORE_PCPUS, PCPUS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

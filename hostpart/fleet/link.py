@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
     from .cluster import Cluster
 
-__all__ = ["TOPIC", "Link", "Placing"]
-
+__all__ = ["Link", "Placing"]
 
 _LONGEST = 1 << 26  # of an answer, in characters
 _APART_S = 10.0  # for a host that keeps all others waiting, when it is asked by itself

@@ -11,20 +11,15 @@ import secrets
 
 from ..errors import UsageError
 from ..value import Value
+from .supply import CORE_PCPUS, LLC, PCPUS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-__all__ = ["CORES", "CORE_PCPUS", "DIR", "LLC", "PCPUS", "RESOURCES", "Request", "needs_of", "new_run", "number_of"]
+__all__ = ["DIR", "Request", "needs_of", "new_run", "number_of"]
 
-# What a host advertises to Dask, and what a request asks of it: how much is free now.
-PCPUS = "hostpart-pcpus"  # pCPUs
-CORES = "hostpart-cores"  # whole cores
-CORE_PCPUS = "hostpart-core-pcpus"  # pCPUs that one request with smt = "exclusive" can get
-LLC = "hostpart-llc"  # pCPUs of one last-level cache
-RESOURCES = (PCPUS, CORES, CORE_PCPUS, LLC)
 DIR = "{dir}"  # in argv: the errand's directory on the host
 _ERRAND = re.compile(r"[0-9a-f]{12}\.(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})", re.ASCII)
 
@@ -35,7 +30,7 @@ class Request(Value):
     :ivar run: of which call of the fleet it is a part: 12 hexadecimal digits
     :ivar number: its place in that, from 0
     :ivar argv: the arguments of the host's hostpart, ``run`` or ``experiment`` first
-    :ivar needs: how much of which of :data:`RESOURCES` a host has to have free
+    :ivar needs: how much of which resource (:mod:`hostpart.fleet.supply`) a host has to have free
     :ivar hold: ``vm``: the VM is made and held before START; ``start``: nothing is begun before the word
     :ivar cwd: the directory to run in, where the host has it
     :ivar files: texts to put into the errand's directory, by name

@@ -8,8 +8,10 @@ if TYPE_CHECKING:
 
 __all__ = ["CORES", "CORE_PCPUS", "LLC", "NOTHING", "PCPUS", "resources"]
 
-PCPUS, CORES = "hostpart-pcpus", "hostpart-cores"
-CORE_PCPUS, LLC = "hostpart-core-pcpus", "hostpart-llc"
+PCPUS = "hostpart-pcpus"  # free pCPUs
+CORES = "hostpart-cores"  # whole cores that are free
+CORE_PCPUS = "hostpart-core-pcpus"  # pCPUs that one request with smt = "exclusive" can get
+LLC = "hostpart-llc"  # free pCPUs of one last-level cache
 _KEYS = {PCPUS: "pcpus", CORES: "cores", CORE_PCPUS: "core_pcpus", LLC: "llc"}
 _MOST = 8192
 NOTHING: Mapping[str, float] = dict.fromkeys(_KEYS, 0.0)  # what a host has that is spoken for

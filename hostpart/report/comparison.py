@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from ..experiment.results import by_key
 from . import facts, figures, finding, hostmap, quantity
 from .document import Section, page
 from .markup import Html, element, join, table
@@ -14,11 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
-    from ..experiment.results import Results
+    from ..experiment.results import ConditionKey, Results
 
 __all__ = ["compare"]
 
-_Key = tuple[str, str, "str | None", str]  # victim, isolation, aggressor, placement
 # Victim, its kind of core where the host has several, isolation: what is compared with the same alone runs. Not the
 # pCPU: it may have another number on another host.
 _Group = tuple[str, str, str]
@@ -30,16 +30,7 @@ class _One:
     def __init__(self, letter: str, results: Results, analysis: Mapping[str, Any]) -> None:
         self.letter, self.results, self.analysis = letter, results, analysis
         self.session = results.sessions[0] if results.sessions else None
-        self.conditions: dict[_Key, Mapping[str, Any]] = {}
-        for one in analysis["conditions"]:
-            aggressor = one.get("aggressor")
-            key = (
-                str(one["victim"]),
-                str(one["isolation"]),
-                None if aggressor is None else str(aggressor),
-                str(one["placement"]),
-            )
-            self.conditions.setdefault(key, one)
+        self.conditions = by_key(analysis)
 
     @property
     def name(self) -> str:
@@ -123,8 +114,8 @@ def _design_differences(those: Sequence[_One]) -> list[tuple[str, list[str]]]:
     return [(label, texts) for label, texts in found if len(set(texts)) > 1]
 
 
-def _groups(those: Sequence[_One]) -> dict[_Group, list[_Key]]:
-    found: dict[_Group, list[_Key]] = {}
+def _groups(those: Sequence[_One]) -> dict[_Group, list[ConditionKey]]:
+    found: dict[_Group, list[ConditionKey]] = {}
     for one in those:
         for key in one.conditions:
             keys = found.setdefault((key[0], finding.kind(key[3]), key[1]), [])
@@ -138,7 +129,7 @@ def _title(group: _Group) -> str:
     return f"{victim} ({kind} core), {isolation}" if kind else f"{victim}, {isolation}"
 
 
-def _plots(those: Sequence[_One]) -> list[tuple[_Group, figures.Plot | None, list[_Key]]]:
+def _plots(those: Sequence[_One]) -> list[tuple[_Group, figures.Plot | None, list[ConditionKey]]]:
     found = []
     for number, (group, keys) in enumerate(_groups(those).items()):
         beside = [key for key in keys if key[2] is not None]
@@ -154,7 +145,9 @@ def _plots(those: Sequence[_One]) -> list[tuple[_Group, figures.Plot | None, lis
     return found
 
 
-def _ratios(those: Sequence[_One], plots: Sequence[tuple[_Group, figures.Plot | None, list[_Key]]]) -> list[Html]:
+def _ratios(
+    those: Sequence[_One], plots: Sequence[tuple[_Group, figures.Plot | None, list[ConditionKey]]]
+) -> list[Html]:
     parts = [
         element("p", _told(those, [key for _, _, keys in plots for key in keys]), class_="lead"),
         element(
@@ -176,7 +169,7 @@ def _ratios(those: Sequence[_One], plots: Sequence[tuple[_Group, figures.Plot | 
     return parts
 
 
-def _told(those: Sequence[_One], keys: Sequence[_Key]) -> str:
+def _told(those: Sequence[_One], keys: Sequence[ConditionKey]) -> str:
     every = [_apart([finding.ratio_of(_primary(one.conditions.get(key))) for one in those]) for key in keys]
     known = [word for word in every if word != "–"]
     if not known:
@@ -184,7 +177,7 @@ def _told(those: Sequence[_One], keys: Sequence[_Key]) -> str:
     return f"Of {quantity.count(len(known), 'condition')} with intervals to compare, {known.count('apart')} differ."
 
 
-def _ratio_row(those: Sequence[_One], key: _Key) -> list[object]:
+def _ratio_row(those: Sequence[_One], key: ConditionKey) -> list[object]:
     ratios = [finding.ratio_of(_primary(one.conditions.get(key))) for one in those]
     cells = []
     for one, ratio in zip(those, ratios, strict=True):
