@@ -68,6 +68,12 @@ class Fleet:
     def resources(self, address: str = "") -> dict[str, float]:
         return dict(self.scheduler.workers[address or self.workers[0]].resources)
 
+    def has(self, pcpus: int) -> Callable[[], Awaitable[bool]]:
+        async def there() -> bool:
+            return self.resources()[supply.PCPUS] == pcpus
+
+        return there
+
     def submit(self, asked: dict[str, Any] | str, need: float = 1.0) -> Any:
         text = asked if isinstance(asked, str) else json.dumps(asked)
         return self.client.submit(agent.place, text, resources={supply.PCPUS: need}, pure=False)
@@ -146,12 +152,15 @@ def test_the_worker_comes_with_its_name_and_what_is_free() -> None:
 @pytest.mark.usefixtures("home")
 def test_a_request_is_held_started_and_followed_to_its_end() -> None:
     async def test(fleet: Fleet) -> None:
-        words: list[dict[str, Any]] = []
-        fleet.client.subscribe_topic(agent.TOPIC, lambda event: words.append(json.loads(event[1])))
+        words: list[tuple[str, dict[str, Any]]] = []
+        fleet.client.subscribe_topic(
+            agent.TOPIC, lambda event: words.append((event[1]["worker"], json.loads(event[1]["state"])))
+        )
         held = await fleet.place(request(0, "sh", "-c", "echo out; sleep 0.3; exit 7"))
         assert held["state"] == "held"
-        # Before the answer the scheduler knows what is left.
-        assert fleet.resources()[supply.PCPUS] == FREE - 1
+        # Whoever asked knows at once what is left, and the scheduler soon.
+        assert held["free"][supply.PCPUS] == FREE - 1
+        assert await until(fleet.has(FREE - 1), 5)
         assert await fleet.state(0) == "held"
         started = await fleet.call(agent.start, {"by": {fleet.workers[0]: [f"{RUN}.0"], "tcp://other:1": ["x.1"]}})
         assert list(started) == [f"{RUN}.0"]
@@ -168,14 +177,39 @@ def test_a_request_is_held_started_and_followed_to_its_end() -> None:
         assert out == b"out\n"
         assert found["state"]["status"] == 7
         assert had == found["state"]["sizes"]
-
-        async def given_back() -> bool:
-            return fleet.resources()[supply.PCPUS] == FREE
-
-        assert await until(given_back, 5)
-        assert [(word["id"], word["state"], word["address"]) for word in words] == [
-            (f"{RUN}.0", "held", fleet.workers[0])
+        assert await until(fleet.has(FREE), 5)
+        assert [(address, word["id"], word["state"]) for address, word in words] == [
+            (fleet.workers[0], f"{RUN}.0", "held")
         ]
+
+    with_fleet(test)
+
+
+@pytest.mark.usefixtures("home")
+def test_of_a_short_guest_the_scheduler_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(fleet: Fleet) -> None:
+        told: list[dict[str, float]] = []
+        tell = fleet.made[0].set_resources
+
+        async def note(**resources: float) -> None:
+            told.append(resources)
+            await tell(**resources)
+
+        monkeypatch.setattr(fleet.made[0], "set_resources", note)
+        monkeypatch.setattr(agent, "_LESS_S", 8.0)
+        await fleet.place(request(0, "true"))
+        await fleet.call(agent.start, {"ids": [f"{RUN}.0"]})
+
+        async def ended() -> bool:
+            return await fleet.state(0) == "ended"
+
+        assert await until(ended)
+        await fleet.place(request(1, "true"))
+        # What is held for longer is told of, and so is what is given back.
+        await asyncio.sleep(9.0)
+        assert [resources[supply.PCPUS] for resources in told] == [FREE - 1]
+        await fleet.call(agent.give_up, {"ids": [f"{RUN}.1"]})
+        assert await until(fleet.has(FREE), 5)
 
     with_fleet(test)
 
@@ -185,6 +219,7 @@ def test_what_no_host_can_take_waits_for_one_that_can_again() -> None:
     async def test(fleet: Fleet) -> None:
         for number in range(FREE):
             assert (await fleet.place(request(number, "sleep", "60")))["state"] == "held"
+        assert await until(fleet.has(0), 5)
         waiting = fleet.submit(request(99, "true"))
         await asyncio.sleep(0.3)
         assert waiting.status == "pending"
@@ -269,6 +304,7 @@ def test_beside_an_experiment_nothing_is_offered_and_its_host_is_left_alone(monk
             "kind": "experiment",
         }  # fmt: skip
         assert (await fleet.place(asked))["state"] == "held"
+        assert await until(fleet.has(0), 5)
         assert fleet.resources() == dict(supply.NOTHING)
         calls: list[object] = []
 

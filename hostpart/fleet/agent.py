@@ -53,7 +53,7 @@ TOPIC = "hostpart"
 _EXTENSION = "hostpart"
 _LOOK_S = 0.5  # between two looks at what is live here
 _REFRESH_S = 30.0
-_MORE_S = 0.3  # from when there is more to the telling of it
+_LESS_S, _MORE_S = 1.5, 0.3  # from when there is less free, and when there is more, to the telling of it
 _SWEEP_S = 86400.0
 _SOON_S, _LATE_S = 0.05, 0.25  # between two looks for news
 _MAX_IDS = 4096
@@ -79,9 +79,12 @@ class Agent:
         self.hello = dict(hello or {})
         self.live: set[str] = set()
         self._told: dict[str, float] = {}
-        self._tasks: list[asyncio.Task[None]] = []
-        self._turn = asyncio.Lock()
-        self._due = False  # whether more is about to be told
+        self._held_told: set[str] = set()  # what may have held something then
+        self._placing: set[str] = set()
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._telling = asyncio.Lock()
+        self.turn = 0  # how often it was looked at what is free
+        self._due: asyncio.TimerHandle | None = None  # when what is free is told
         worker.extensions[_EXTENSION] = self
 
     async def begin(self) -> None:
@@ -89,7 +92,8 @@ class Agent:
         if not self.hello:
             self.hello = await asyncio.to_thread(identity)
         self.live = await asyncio.to_thread(self._look)
-        self._told = await self._supply()
+        self._held_told = self._held()
+        self._told = await asyncio.to_thread(self._supply)
         state = self.worker.state
         state.total_resources.update(self._told)
         state.available_resources.update({name: count + _PLENTY for name, count in self._told.items()})
@@ -104,27 +108,28 @@ class Agent:
 
     async def end(self) -> None:
         """Say nothing any more. The errands go on."""
+        if self._due is not None:
+            self._due.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def refresh(self, *, at_once: bool = False) -> None:
-        """Tell the scheduler what is free now, where that has changed: less at once, and more in a moment.
+    async def refresh(self, *, less: bool = True) -> None:
+        """Tell the scheduler what is free now, where that has changed.
 
-        By then it may be taken again, as where one short guest follows the other: each telling costs the scheduler.
-
-        :param at_once: more is told at once as well
+        :param less: also where there is nothing but less
         """
-        async with self._turn:
-            now = await self._supply()
+        async with self._telling:
+            held = self._held()
+            now = await asyncio.to_thread(self._supply)
             if now == self._told:
+                self._held_told = held
                 return
             more = any(count > self._told.get(name, 0) for name, count in now.items())
-            if not at_once and all(count >= self._told.get(name, 0) for name, count in now.items()):
-                if not self._due:
-                    self._due = True
-                    self.later(self._more())
+            if not more and not less:
+                self.changed(_LESS_S)
                 return
+            self._held_told = held
             await self.worker.set_resources(**now)
             self._told = now
         if more and self.worker.status == Status.running:
@@ -133,43 +138,68 @@ class Agent:
             self.worker.status = Status.paused
             self.worker.status = Status.running
 
-    async def _more(self) -> None:
-        await asyncio.sleep(_MORE_S)
-        self._due = False
-        await self.refresh(at_once=True)
+    def changed(self, within_s: float) -> None:
+        """What is free may be another now: tell of it by then, once for all that happens meanwhile.
 
-    def place(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Have a request placed and held, in this thread, which is the worker's and not that of its event loop."""
+        Each telling costs the scheduler a call; where one short guest follows the other there is nothing to tell in
+        the end. Whoever sends requests here counts with it (:data:`hostpart.fleet.vacancy.LAG_S`).
+        """
+        due = time.monotonic() + within_s
+        if self._due is not None and self._due.when() <= due:
+            return
+        if self._due is not None:
+            self._due.cancel()
+        self._due = asyncio.get_running_loop().call_later(within_s, self._tell, within_s >= _LESS_S)
+
+    def _tell(self, less: bool) -> None:
+        self._due = None
+        if self._held() != self._held_told:
+            self.later(self.refresh(less=less))
+
+    async def place(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Have a request placed and held, and tell of it; to its end, even where Dask has lost interest."""
+        task = asyncio.get_running_loop().create_task(self._place(request))
+        self._tasks.append(task)
+        task.add_done_callback(self._tasks.remove)
+        return await asyncio.shield(task)
+
+    async def _place(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        one = str(request.get("id"))
+        self._placing.add(one)
+        try:
+            found = await asyncio.to_thread(self._begin, request)
+        finally:
+            self._placing.discard(one)
+        found["turn"] = self.turn
+        self._note(found)
+        # In an object Dask's scheduler puts who has sent it; in a text it cannot.
+        self.worker.log_event(TOPIC, {"state": json.dumps(found)})
+        self.changed(_LESS_S)
+        return found
+
+    def _begin(self, request: Mapping[str, Any]) -> dict[str, Any]:
         try:
             found = self.errands.begin(request)
         except (HostpartError, OSError) as error:
             found = {"id": request.get("id"), "state": "refused", "error": _worded(error).to_json()}
-        loop = self.worker.loop.asyncio_loop
-        told = asyncio.run_coroutine_threadsafe(self._placed(found), loop)
-        try:
-            # The next request is to be sent by what is left.
-            told.result(10.0)
-        except Exception as error:
-            log.warning("what is free could not be told: %s", error)
-        return found
-
-    async def _placed(self, found: Mapping[str, Any]) -> None:
-        self._note(found)
-        self.worker.log_event(TOPIC, json.dumps({**found, "address": self.worker.address}))
-        await self.refresh()
+        # Whoever sends the next request is to know what is left.
+        return {**found, "free": self._supply()}
 
     def note(self, found: Mapping[str, Any]) -> None:
         """Take in a state that somebody has asked for."""
         before = len(self.live)
         self._note(found)
         if len(self.live) < before:
-            self.later(self.refresh())
+            self.changed(_MORE_S)
 
     def later(self, work: Coroutine[Any, Any, None]) -> None:
         """Do something beside the answer."""
         task = asyncio.get_running_loop().create_task(_quietly(work))
         self._tasks.append(task)
         task.add_done_callback(self._tasks.remove)
+
+    def _held(self) -> set[str]:
+        return self.live | self._placing
 
     def _note(self, found: Mapping[str, Any]) -> None:
         if found["state"] in LIVE:
@@ -180,9 +210,12 @@ class Agent:
     def _look(self) -> set[str]:
         return {one for one in self.errands.ids() if self.errands.state(one)["state"] in LIVE}
 
-    async def _supply(self) -> dict[str, float]:
+    def _supply(self) -> dict[str, float]:
         try:
-            return dict(await asyncio.to_thread(self.errands.supply))
+            free = dict(self.errands.supply())
+            # Counted afterwards: what ends meanwhile may be in it, and is then not counted twice.
+            self.turn += 1
+            return free
         except (HostpartError, OSError) as error:
             log.warning("%s", error)
             return dict(supply.NOTHING)
@@ -195,7 +228,9 @@ class Agent:
             for state in found:
                 self._note(state)
             over = any(state["state"] not in LIVE for state in found)
-            if over or time.monotonic() >= due:
+            if over:
+                self.changed(_MORE_S)
+            if time.monotonic() >= due:
                 due = time.monotonic() + _REFRESH_S
                 self.later(self.refresh())
 
@@ -231,11 +266,10 @@ async def dask_teardown(worker: Worker) -> None:
 # -- what a client calls -------------------------------------------------------------------------------
 
 
-def place(text: str) -> str:
+async def place(text: str) -> str:
     """Have a request's VM made ready and held here, or be refused; the task that Dask chooses a host for."""
     try:
-        agent = _agent(get_worker())
-        return json.dumps(agent.place(_object(text)))
+        return json.dumps(await _agent(get_worker()).place(_object(text)))
     except (HostpartError, OSError) as error:
         return _refusal(error)
 
@@ -280,8 +314,9 @@ async def news(text: str, dask_worker: Worker) -> str:
                 break
             await asyncio.sleep(max(0.0, min(pause_s, until - time.monotonic())))
             pause_s = min(pause_s * 1.3, _LATE_S)
-        for state in found.values():
+        for one, state in found.items():
             agent.note(state)
+            found[one] = {**state, "turn": agent.turn}
         return json.dumps(await asyncio.to_thread(_read, agent.errands, found, wants, limit))
     except (HostpartError, OSError) as error:
         return _refusal(error)
@@ -307,8 +342,8 @@ async def look(text: str, dask_worker: Worker) -> str:
     try:
         agent = _agent(dask_worker)
         _object(text)
-        await agent.refresh(at_once=True)
-        return json.dumps({"free": agent.told})
+        await agent.refresh()
+        return json.dumps({"free": agent.told, "turn": agent.turn})
     except (HostpartError, OSError) as error:
         return _refusal(error)
 
@@ -367,8 +402,6 @@ def _number(asked: Mapping[str, Any], key: str, default: float, most: float) -> 
 
 
 def _ids(agent: Agent, asked: Mapping[str, Any]) -> list[str]:
-    if "run" in asked:
-        return agent.errands.ids(check_run(asked["run"]))
     ids = asked.get("ids")
     if "by" in asked:
         # One text for many hosts.
@@ -388,11 +421,14 @@ async def _each(
     # One thread each: some wait for an end.
     try:
         agent, asked = _agent(worker), _object(text, *keys)
-        ids = await asyncio.to_thread(_ids, agent, asked)
+        if "run" in asked:
+            ids = await asyncio.to_thread(agent.errands.ids, check_run(asked["run"]))
+        else:
+            ids = _ids(agent, asked)
         done = await asyncio.gather(*(asyncio.to_thread(do, agent.errands, one, asked) for one in ids))
         for state in done:
             agent.note(state)
-        return json.dumps(dict(zip(ids, done, strict=True)))
+        return json.dumps({one: {**state, "turn": agent.turn} for one, state in zip(ids, done, strict=True)})
     except (HostpartError, OSError) as error:
         return _refusal(error)
 

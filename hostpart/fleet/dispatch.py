@@ -21,10 +21,12 @@ from ..errors import DoesNotFit, Failed
 from ..experiment.intake import finite
 from ..value import Value
 from . import agent
+from .link import Parcel
 from .request import Request, number_of
 from .resumption import Known
-from .roster import choose
+from .roster import choose, resources
 from .supply import CORE_PCPUS, PCPUS
+from .vacancy import Vacancy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,8 +45,11 @@ _LEAST = 32  # requests that are being placed at the same time, however few host
 _MOST = 10**8  # attempts
 _ANEW_S = 2.0  # between two times that hosts are asked to look at what is free
 _ASKED = 256  # of them, then
-_BATCH = 100  # requests that are brought to Dask, or started, in one message
-_GATHER_S = 0.005  # for more to come before a message is sent
+_BATCH = 100  # requests that are brought to Dask in one message
+_SHORTLIST = 8  # hosts at most that Dask is to choose among; fewer where much is on its way
+_STARTED = 32  # requests that are started in one message, which every one of their hosts reads
+# For more to come before a message is sent: the least, for each that is on its way, and the most.
+_GATHER_S, _GATHER_EACH_S, _GATHER_MOST_S = 0.005, 2e-4, 0.05
 _CHECK_S = 0.25  # between two looks at what Dask says of the placing
 _PLACE_S = 90.0  # for a placement: the host itself gives up sooner
 _QUEUE_S = 5.0  # for one that does not wait for room, to get to a host: what is known to be free may be so no more
@@ -56,6 +61,7 @@ _PAUSE_S = 0.25  # between two answers that came at once and brought nothing
 _POLLED = 256  # errands that a host is asked about in one message
 _LINE = 1 << 25  # of an errand's events
 _PIECE = 1 << 20
+_PASSING = ("inline", "free", "turn")  # what is not kept of a state
 _SHOWN = 1000  # characters of an error's text from a host
 # Why no host has a request, where none says that it does.
 _UNSENT, _WAITING, _SILENT, _STOPPED = "unsent", "waiting", "silent", "stopped"
@@ -104,6 +110,7 @@ class _Job:
         self.rest = b""
         self.answer: asyncio.Future[dict[str, Any] | str] | None = None
         self.placing: Placing | None = None
+        self.hosts: tuple[str, ...] = ()  # one of which gets it
         self.asked, self.limit_s = 0.0, _PLACE_S
         self.look_at = 0.0  # when to look for who has it, where nobody has said so
         self.looking = False
@@ -159,10 +166,10 @@ class Dispatcher:
         self._names, self._attempts, self._wait_s, self._patience_s = tuple(names), attempts, wait_s, patience_s
         self._hear, self._ended = hear, ended
         self._hosts: dict[str, FleetHost] = {}
-        self._free: dict[str, dict[str, float]] = {}
+        self._names_at: dict[str, str] = {}
+        self._vacancy = Vacancy()
         self._looked = float("-inf")
         self._looking = asyncio.Lock()
-        self._cursor = 0
         self._jobs: dict[str, _Job] = {}  # by the errand's name: those being placed
         self._to_place: dict[tuple[tuple[tuple[str, float], ...], frozenset[str]], list[_Job]] = defaultdict(list)
         self._to_start: list[_Job] = []
@@ -198,7 +205,7 @@ class Dispatcher:
                 f"no host can take anything{': ' + left if left else ', since no Dask worker is there'}",
                 "start one on each host: 'dask worker ADDRESS --nthreads 1 --preload hostpart.fleet.agent'",
             )
-        self._window = asyncio.Semaphore(max(_LEAST, 2 * len(self._hosts)))
+        self._window = asyncio.Semaphore(max(_LEAST, min(256, 2 * len(self._hosts))))
         return dict(self._hosts)
 
     async def run(self, requests: Iterable[Request]) -> None:
@@ -398,7 +405,8 @@ class Dispatcher:
             unsent = None
             job.host, job.state = name, state
             if state.get("state") in ("held", "running", "ended"):
-                self._take(name, job.request.needs)
+                if not self._hear_free(name, state):
+                    self._vacancy.take(name, job.request.needs, _count(state.get("turn")))
                 if job.kept <= _size(state, "events"):
                     job.offsets["events"] = job.kept  # it goes on in its directory
                 self._decide(job, "placed")
@@ -409,7 +417,8 @@ class Dispatcher:
                 return self._refused(job)
             # It has become full meanwhile; what is free there is known when it is looked at again.
             full[name] = str(error.get("problem"))[:_SHOWN]
-            self._free.pop(name, None)
+            if not self._hear_free(name, state):
+                self._vacancy.say(name, {}, _count(state.get("turn")))
             if len(full) >= self._attempts and time.monotonic() >= until:
                 return Outcome(job.request, "refused", error=self._no_room(job.request, without, full, on))
         return Outcome(job.request, "given-up")
@@ -452,7 +461,7 @@ class Dispatcher:
         wanted = int(request.needs.get(PCPUS, 1))
         noun = "pCPU" if wanted == 1 else "pCPUs"
         told = [f"{name}: {why}" for name, why in sorted(full.items())]
-        for name, free in sorted(self._free.items()):
+        for name, free in sorted(self._vacancy.free().items()):
             if name not in full and name not in without and (not on or name == on):
                 there = int(free.get(CORE_PCPUS if CORE_PCPUS in request.needs else PCPUS, 0))
                 told.append(f"{name} has {there} free")
@@ -462,10 +471,10 @@ class Dispatcher:
         return _error(DoesNotFit.exit_code, problem, "wait for them with --wait, or ask for fewer; 'hostpart fleet ps'")
 
     async def _room(self, needs: Mapping[str, float], without: frozenset[str]) -> bool:
-        if self._fitting(needs, without, 1):
+        if self._vacancy.fitting(needs, without, 1):
             return True
         await self._look(0.2)
-        return bool(self._fitting(needs, without, 1))
+        return bool(self._vacancy.fitting(needs, without, 1))
 
     async def _ask_what_is_free(self, request: Request, without: frozenset[str]) -> None:
         # A host does not notice at once what others than this fleet give back there.
@@ -477,31 +486,24 @@ class Dispatcher:
         usable = [one for one in self._hosts.values() if len(CpuSet.parse(str(one.hello["usable"]))) >= wanted]
         asked = [one.address for one in usable if one.name not in without][:_ASKED]
         if asked:
-            await self._link.call(agent.look, {}, asked, 10.0)
+            said = await self._link.call(agent.look, {}, asked, 10.0)
             await self._look(0.0)
+            for address, answer in said.items():
+                if name := self._name_at(address):
+                    self._hear_free(name, answer)
 
-    def _fitting(self, needs: Mapping[str, float], without: frozenset[str], most: int) -> list[str]:
-        # Hosts with room, as far as is known, going round.
-        names = list(self._free)
-        found: list[str] = []
-        for step in range(len(names)):
-            name = names[(self._cursor + step) % len(names)]
-            free = self._free[name]
-            if name not in without and all(free.get(what, 0.0) >= wanted for what, wanted in needs.items()):
-                found.append(name)
-                if len(found) == most:
-                    self._cursor += step + 1
-                    break
-        return found
-
-    def _take(self, name: str, needs: Mapping[str, float], sign: int = -1) -> None:
-        if (free := self._free.get(name)) is not None:
-            for what, wanted in needs.items():
-                free[what] = free.get(what, 0.0) + sign * wanted
+    def _hear_free(self, name: str, said: Mapping[str, Any]) -> bool:
+        # Whether a host says in it what it has left.
+        if not isinstance(free := said.get("free"), dict):
+            return False
+        self._vacancy.say(name, resources(free), _count(said.get("turn")))
+        return True
 
     def _name_of(self, state: Mapping[str, Any]) -> str | None:
-        address = state.get("address")
-        return next((one.name for one in self._hosts.values() if one.address == address), None)
+        return self._name_at(str(state.get("address")))
+
+    def _name_at(self, address: str) -> str | None:
+        return self._names_at.get(address)
 
     def _word(self, document: dict[str, Any]) -> None:
         errand, address = str(document.get("id")), document.get("address")
@@ -530,6 +532,8 @@ class Dispatcher:
             answer = await job.answer
         finally:
             self._jobs.pop(job.id, None)
+            self._vacancy.settle(job.hosts, job.request.needs)
+            job.hosts = ()
             if job.placing is not None and not job.placing.over:
                 self._keep(self._outlive(job.placing))
             job.placing = None
@@ -544,33 +548,52 @@ class Dispatcher:
             await asyncio.sleep(_CHECK_S)
 
     async def _flush(self) -> None:
-        await asyncio.sleep(_GATHER_S)
+        pause_s = self._gather_s()
         while any(self._to_place.values()):
-            for key in list(self._to_place):
-                jobs, self._to_place[key] = self._to_place[key][:_BATCH], self._to_place[key][_BATCH:]
-                if not self._to_place[key]:
-                    del self._to_place[key]
-                if jobs:
-                    await self._send(jobs, dict(key[0]), key[1])
+            await asyncio.sleep(pause_s)
+            pause_s = self._gather_s() if await self._send() else _GATHER_MOST_S
 
-    async def _send(self, jobs: list[_Job], needs: Mapping[str, float], without: frozenset[str]) -> None:
-        jobs = [job for job in jobs if job.answer is not None and not job.answer.done()]
-        names = self._fitting(needs, without, max(8, len(jobs)))
-        addresses = [self._hosts[name].address for name in names if name in self._hosts]
-        if not jobs or not addresses or self._stopping:
+    def _gather_s(self) -> float:
+        # Where hundreds are on their way, one more waits for them anyhow.
+        return min(_GATHER_MOST_S, _GATHER_S + len(self._jobs) * _GATHER_EACH_S)
+
+    async def _send(self) -> bool:
+        # Bring to Dask what there is room for; return whether there was any.
+        waiting, self._to_place = self._to_place, defaultdict(list)
+        most = max(2, min(_SHORTLIST, len(self._hosts) // max(1, len(self._jobs))))
+        sent: dict[str, _Job] = {}
+        parcels: list[Parcel] = []
+        for (needs, without), given in waiting.items():
+            jobs = [job for job in given if job.answer is not None and not job.answer.done()]
+            while jobs and not self._stopping and (names := self._vacancy.spare(dict(needs), without, most)):
+                job = jobs.pop(0)
+                job.hosts = tuple(names)
+                self._vacancy.reserve(names, job.request.needs)
+                addresses = [self._hosts[name].address for name in names]
+                parcels.append(Parcel(job.id, job.request.text(job.attempt), addresses, job.request.needs))
+                sent[job.id] = job
+            if jobs and not self._stopping and self._vacancy.fitting(dict(needs), without, 1):
+                # Others are on their way to those that have room: it is to be seen what they leave.
+                self._to_place[needs, without] = jobs + self._to_place[needs, without]
+                continue
             for job in jobs:
                 self._answer(job, _STOPPED if self._stopping else _WAITING)
-            return
-        placings = await self._link.place({job.id: job.request.text(job.attempt) for job in jobs}, addresses, needs)
-        for job in jobs:
-            if placings is None:
-                self._answer(job, _UNSENT)
-            elif job.answer is not None and job.answer.done():
-                placings[job.id].cancel()  # it was stopped while it was being sent
-            else:
-                job.placing = placings[job.id]
-                job.asked = time.monotonic()
-                job.look_at = job.asked + job.limit_s
+        for first in range(0, len(parcels), _BATCH):
+            batch = parcels[first : first + _BATCH]
+            placings = await self._link.place(batch)
+            for parcel in batch:
+                self._on_its_way(sent[parcel.name], placings[parcel.name] if placings else None)
+        return bool(sent)
+
+    def _on_its_way(self, job: _Job, placing: Placing | None) -> None:
+        if placing is None:
+            self._answer(job, _UNSENT)
+        elif job.answer is not None and job.answer.done():
+            placing.cancel()  # it was stopped while it was being sent
+        else:
+            job.placing = placing
+            job.asked = time.monotonic()
+            job.look_at = job.asked + job.limit_s
 
     async def _check(self) -> None:
         # Dask says when it has given up a task; what a host says comes by itself.
@@ -643,18 +666,22 @@ class Dispatcher:
         return agent.give_up if self._stopping else agent.start
 
     async def _flush_starts(self) -> None:
-        await asyncio.sleep(_GATHER_S)
         while self._to_start:
-            jobs, self._to_start = self._to_start[:_BATCH], self._to_start[_BATCH:]
-            by: dict[str, list[str]] = defaultdict(list)
-            for job in jobs:
-                if address := self._address(job):
-                    by[address].append(job.id)
-            said = await self._link.call(self._verb(), {"by": by}, list(by), _START_S) if by else {}
-            found = {name: state for address, names in by.items() for name in names
-                     if isinstance(state := said.get(address, {}).get(name), dict)}  # fmt: skip
-            for job in jobs:
-                self._answer(job, found.get(job.id, _SILENT))
+            await asyncio.sleep(self._gather_s())
+            waiting, self._to_start = self._to_start, []
+            batches = [waiting[first : first + _STARTED] for first in range(0, len(waiting), _STARTED)]
+            await asyncio.gather(*(self._give_word(jobs) for jobs in batches))
+
+    async def _give_word(self, jobs: Sequence[_Job]) -> None:
+        by: dict[str, list[str]] = defaultdict(list)
+        for job in jobs:
+            if address := self._address(job):
+                by[address].append(job.id)
+        said = await self._link.call(self._verb(), {"by": by}, list(by), _START_S) if by else {}
+        found = {name: state for address, names in by.items() for name in names
+                 if isinstance(state := said.get(address, {}).get(name), dict)}  # fmt: skip
+        for job in jobs:
+            self._answer(job, found.get(job.id, _SILENT))
 
     async def _settle(self, job: _Job) -> dict[str, Any]:
         # Whether the word to start came through is not known: its host says, once it can be reached.
@@ -676,9 +703,9 @@ class Dispatcher:
     async def _hold_all(self, requests: Sequence[Request], tried: dict[int, int]) -> list[_Job]:
         # One after another, each on a host that none of the others has: two gangs at once do not wait for each other.
         needs, wanted = requests[0].needs, len(requests)
-        if len(self._fitting(needs, frozenset(), wanted)) < wanted:
+        if len(self._vacancy.fitting(needs, frozenset(), wanted)) < wanted:
             await self._look(0.2)
-        if len(there := self._fitting(needs, frozenset(), wanted)) < wanted:
+        if len(there := self._vacancy.fitting(needs, frozenset(), wanted)) < wanted:
             # Seen before a VM is made: one that waits would make and give back some all the time.
             raise _Gang(wanted, 0, f"hosts with room: {len(there)}")
         held: list[_Job] = []
@@ -708,7 +735,7 @@ class Dispatcher:
     async def _release(self, held: Sequence[_Job]) -> None:
         await asyncio.gather(*(self._tell(job.host, agent.give_up, [job.id]) for job in held))
         for job in held:
-            self._take(job.host, job.request.needs, +1)
+            self._vacancy.give(job.host, job.request.needs, _count(job.state.get("turn")))
             self._decide(job, "given-up")
 
     async def _start_all(self, jobs: Sequence[_Job]) -> None:
@@ -737,7 +764,7 @@ class Dispatcher:
                 self._keep(self._stop_on(job.host))
             await job.over.wait()
         state = str(job.state.get("state"))
-        self._take(job.host, job.request.needs, +1)
+        self._vacancy.give(job.host, job.request.needs, _count(job.state.get("turn")))
         if state == "refused":
             self._end(self._refused(job), job)
             return
@@ -882,7 +909,9 @@ class Dispatcher:
     def _end(self, outcome: Outcome, job: _Job) -> None:
         if self._journal is not None:
             if job.host:
-                self._line(job, "outcome", state={name: value for name, value in job.state.items() if name != "inline"})
+                self._line(
+                    job, "outcome", state={name: value for name, value in job.state.items() if name not in _PASSING}
+                )
             about = {"host": outcome.host or None, "status": outcome.status, "error": outcome.error}
             self._journal.decision(job.id, outcome.state, **about)
         self._ended(outcome)
@@ -936,7 +965,8 @@ class Dispatcher:
     def _meet(self, roster: Roster) -> None:
         hosts = {one.name: one for one in roster.hosts if not self._names or one.name in self._names}
         self._hosts = hosts
-        self._free = {name: dict(host.resources) for name, host in hosts.items()}
+        self._names_at = {host.address: name for name, host in hosts.items()}
+        self._vacancy.told({name: host.resources for name, host in hosts.items()})
         self._looked = time.monotonic()
 
     def _keep(self, coroutine: Any) -> asyncio.Task[Any]:

@@ -418,13 +418,17 @@ class Errands:
             return found
         errand = self._errand(one)
         _write(errand.path("stop"), {"grace_s": grace_s})
-        for name in ("shim.json", "child.json"):
-            who = _read(errand.path(name))
-            if who is not None and _alive(who):
+        until = time.monotonic() + grace_s + _GRACE_S
+        signalled: object = None
+        while time.monotonic() < until and self.state(one)["state"] == "running":
+            # The shim passes it on; one that is about to die when it is signalled does not.
+            documents = (_read(errand.path(name)) for name in ("shim.json", "child.json"))
+            who = next((one for one in documents if one is not None and _alive(one)), None)
+            if who is not None and who["pid"] != signalled:
+                signalled = who["pid"]
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(who["pid"]), signal.SIGTERM)
-                break
-        self._until_over(errand, grace_s + _GRACE_S)
+            self._until_over(errand, 0.5)
         return self.state(one)
 
     def state(self, one: str) -> dict[str, Any]:

@@ -10,9 +10,13 @@ import asyncio
 import json
 import secrets
 
+from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
+from dask.task_spec import Task
+
 from ..value import Value
 from .agent import TOPIC, place
 from .roster import Roster, look
+from .supply import CORE_PCPUS, PCPUS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,7 +25,7 @@ if TYPE_CHECKING:
 
     from .cluster import Cluster
 
-__all__ = ["Link", "Placing"]
+__all__ = ["Link", "Parcel", "Placing"]
 
 _LONGEST = 1 << 26  # of an answer, in characters
 _APART_S = 10.0  # for a host that keeps all others waiting, when it is asked by itself
@@ -50,6 +54,21 @@ class Placing(Value):
         self.future.release()
 
 
+class Parcel(Value):
+    """A request to be brought to one of some hosts.
+
+    :ivar name: the errand's
+    :ivar text: what is sent
+    :ivar addresses: those of the hosts
+    :ivar needs: what has to be free there
+    """
+
+    name: str
+    text: str
+    addresses: Sequence[str]
+    needs: Mapping[str, float]
+
+
 class Link:
     """See the module.
 
@@ -65,7 +84,7 @@ class Link:
         self._slow: set[str] = set()  # addresses of those who did not answer
 
     def listen(self, hear: Callable[[dict[str, Any]], None]) -> None:
-        """Have *hear* called with every word that an agent sends by itself: a state document."""
+        """Have *hear* called with every word that an agent sends by itself: a state document with its ``address``."""
         self._hear = hear
 
     async def roster(self) -> Roster | None:
@@ -78,26 +97,29 @@ class Link:
             return None
         return self._roster
 
-    async def place(
-        self, texts: Mapping[str, str], addresses: Sequence[str], needs: Mapping[str, float]
-    ) -> dict[str, Placing] | None:
-        """Ask Dask to bring requests to one of *addresses* each, where *needs* are free.
+    async def place(self, parcels: Sequence[Parcel]) -> dict[str, Placing] | None:
+        """Ask Dask to bring requests to hosts, all in one message.
 
-        :param texts: what is sent, by the errand's name
-        :return: by that name; None where the scheduler cannot be reached
+        :return: by the errand's name; None where the scheduler cannot be reached
         """
+        # A key is used once: Dask would give the answer that it has to a second task of that name, such as an
+        # experiment that was refused before.
+        keys = [f"hostpart-{one.name}-{secrets.token_hex(4)}" for one in parcels]
+        layers = {
+            key: MaterializedLayer(
+                {key: Task(key, place, one.text)},
+                annotations={"workers": list(one.addresses), "resources": _least(one.needs)},
+            )
+            for key, one in zip(keys, parcels, strict=True)
+        }
         try:
             client = await self._client()
-            # No retries: what has failed is looked into. A key is used once: Dask would give the answer that it has
-            # to a second task of that name, such as an experiment that was refused before.
-            keys = [f"hostpart-{name}-{secrets.token_hex(4)}" for name in texts]
-            futures = client.map(
-                place, list(texts.values()), key=keys, pure=False, retries=0,
-                workers=list(addresses), allow_other_workers=False, resources=dict(needs), batch_size=None,
-            )  # fmt: skip
+            # No retries: what has failed is looked into.
+            graph = HighLevelGraph(layers, {key: set() for key in keys})
+            futures = client.get(graph, keys, sync=False, retries=0)
         except (TimeoutError, OSError, RuntimeError):
             return None
-        return {name: Placing(future) for name, future in zip(texts, futures, strict=True)}
+        return {one.name: Placing(future) for one, future in zip(parcels, futures, strict=True)}
 
     async def call(
         self, function: Callable[..., Any], document: Mapping[str, Any], addresses: Sequence[str], limit_s: float = 30.0
@@ -148,8 +170,15 @@ class Link:
         return client
 
     def _take(self, event: tuple[float, Any]) -> None:
-        if (document := _document(event[1])) is not None:
-            self._hear(document)
+        # Who has sent it is the scheduler's word, not the sender's.
+        said = event[1]
+        if isinstance(said, dict) and (document := _document(said.get("state"))) is not None:
+            self._hear({**document, "address": said.get("worker")})
+
+
+def _least(needs: Mapping[str, float]) -> dict[str, float]:
+    # For each resource Dask looks through all hosts; who has so many pCPUs of whole cores has as many pCPUs.
+    return {what: wanted for what, wanted in needs.items() if what != PCPUS or needs.get(CORE_PCPUS, 0.0) < wanted}
 
 
 def _document(answer: object) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
 
-__all__ = ["RESOURCES", "FleetHost", "LeftOut", "Roster", "choose", "differences", "look", "read"]
+__all__ = ["RESOURCES", "FleetHost", "LeftOut", "Roster", "choose", "differences", "look", "read", "resources"]
 
 RESOURCES = tuple(NOTHING)
 
@@ -112,7 +112,7 @@ def read(identity: object, before: Roster | None = None) -> Roster:
         else:
             fields = dict(_fields(hello))
             fields["command"] = list(fields["command"])
-            found.append((fit, given, fields, _resources(worker.get("resources"))))
+            found.append((fit, given, fields, resources(worker.get("resources"))))
     known = (*before.hosts, *before.gone) if before else ()
     names = _named([(address, given, hello) for address, given, hello, _ in found], known)
     hosts = [
@@ -147,6 +147,12 @@ def choose(roster: Roster, names: Sequence[str]) -> Roster:
             f"{'; '.join(told)}; there are: {known}", remedies[0] if remedies else "hostpart fleet topology"
         )
     return roster.replace(hosts=tuple(host for host in roster.hosts if host.name in names))
+
+
+def resources(value: object) -> dict[str, float]:
+    """Return what a host says that it has free; nothing of what it does not say, or not as a number."""
+    given: Mapping[Any, Any] = value if isinstance(value, dict) else {}
+    return {name: _number(given.get(name)) for name in RESOURCES}
 
 
 def differences(hosts: Iterable[FleetHost]) -> tuple[str, ...]:
@@ -236,11 +242,6 @@ def _kind(value: object) -> str:
     if isinstance(value, str):
         return "empty" if not value.strip() else "too long" if value.isprintable() else "no plain text"
     return f"of type {type(value).__name__}"
-
-
-def _resources(value: object) -> dict[str, float]:
-    given: Mapping[Any, Any] = value if isinstance(value, dict) else {}
-    return {name: _number(given.get(name)) for name in RESOURCES}
 
 
 def _number(value: object) -> float:

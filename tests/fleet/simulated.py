@@ -11,6 +11,7 @@ each line of its standard input it answers with a :func:`tally` in JSON, and it 
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import itertools
 import json
@@ -20,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -128,16 +129,14 @@ class RecordedErrands:
         # As on a real machine, one pCPU stays with what is no guest.
         self._kept = CpuSet.of([min(usable)]) if len(usable) > 1 else CpuSet()
         self._errands: dict[str, _Errand] = {}
+        self._holding: dict[str, _Errand] = {}  # those that have pCPUs
         self._mutex = threading.RLock()
         self.started: dict[str, int] = {}
         self.violations: list[str] = []
         self.refused = 0
 
     def _taken(self) -> CpuSet:
-        taken = CpuSet()
-        for errand in self._errands.values():
-            taken |= errand.leases
-        return taken
+        return CpuSet.of(cpu for errand in self._holding.values() for cpu in errand.leases)
 
     def _supply(self) -> Supply:
         taken = self._taken()
@@ -171,6 +170,7 @@ class RecordedErrands:
             self._check(errand.placement, wanted)
             errand.leases = CpuSet.of(errand.placement.pcpus) | errand.placement.idle
             errand.state = "held"
+            self._holding[one] = errand
             return self.state(one)
 
     def _check(self, placement: Placement, wanted: Request) -> None:
@@ -204,6 +204,7 @@ class RecordedErrands:
             errand = self._errands.get(one)
             if errand is not None and errand.state == "held":
                 errand.state, errand.leases = "given-up", CpuSet()
+                del self._holding[one]
             return self.state(one)
 
     def stop(self, one: str, grace_s: float = 5.0) -> dict[str, Any]:
@@ -217,9 +218,10 @@ class RecordedErrands:
 
     def _pass(self) -> None:
         now = time.monotonic()
-        for errand in self._errands.values():
+        for errand in list(self._holding.values()):
             if errand.state == "running" and now >= errand.until:
                 errand.state, errand.leases = "ended", CpuSet()
+                del self._holding[errand.id]
 
     def state(self, one: str) -> dict[str, Any]:
         """Give the state document."""
@@ -312,16 +314,9 @@ def tally(hosts: Sequence[RecordedErrands]) -> dict[str, Any]:
     }
 
 
-class _AtOnce(ThreadPoolExecutor):
+async def _at_once(function: Callable[..., Any], /, *args: Any, **words: Any) -> Any:
     # A recorded host waits for nothing; a thousand of them in threads would wait for one interpreter's lock instead.
-
-    def submit(self, function: Callable[..., Any], /, *args: Any, **words: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(function(*args, **words))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+    return function(*args, **words)
 
 
 async def _serve(address: str, count: int) -> None:
@@ -331,7 +326,7 @@ async def _serve(address: str, count: int) -> None:
     from hostpart.fleet.agent import Agent
 
     agent._LOOK_S = _LOOK_S
-    asyncio.get_running_loop().set_default_executor(_AtOnce(1))
+    asyncio.to_thread = _at_once
     hosts = recorded(count)
     workers = []
     # Dask's own would be a thread per worker: a thousand that wait for one interpreter's lock, which no real host does.
@@ -345,6 +340,8 @@ async def _serve(address: str, count: int) -> None:
         workers.append(worker)
     for first in range(0, count, _AT_ONCE):
         await asyncio.gather(*workers[first : first + _AT_ONCE])
+    # What a thousand workers consist of would be gone through again and again, for whatever they do; a host has one.
+    gc.disable()
     print("up", flush=True)  # noqa: T201
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(1) as reader:
