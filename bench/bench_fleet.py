@@ -3,8 +3,9 @@
 A thousand simulated hosts: real Dask workers with hostpart's real agent, all in one process, whose host is a recorded
 topology with the real allocator (``tests/fleet/simulated.py``). Five thousand requests of mixed needs go through the
 dispatcher, are held, started and followed to their end; in turn with that Dask's client gives as many empty tasks to
-the same workers, all at once (``Client.map``) and one by one (``Client.submit``). Guests end at once. Wanted: a ratio
-of at most 2, and a client that does not grow.
+the same workers, all at once (``Client.map``) and one by one (``Client.submit``), as requests come to a fleet. Guests
+end at once. In the hosts' process Python's garbage collector is off, since with a thousand workers in it it took half
+of the time, of either side. Wanted: a ratio of at most 2, and a client that does not grow.
 
     python -m bench.bench_fleet [-n RUNS] [--hosts N] [--requests N]
 """

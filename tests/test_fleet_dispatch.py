@@ -319,7 +319,7 @@ def test_one_that_two_hosts_hold_is_started_on_one_of_them() -> None:
             doing = asyncio.ensure_future(dispatcher.run([request(0, "sleep", "0.3")]))
             for _ in range(20):
                 for host, worker in zip(fleet.hosts, fleet.workers, strict=True):
-                    worker.log_event(agent.TOPIC, json.dumps({**host.state(f"{RUN}.0.1"), "address": worker.address}))
+                    worker.log_event(agent.TOPIC, {"state": json.dumps(host.state(f"{RUN}.0.1"))})
                 await asyncio.sleep(0.01)
             await doing
             assert fleet.started == [f"{RUN}.0.1"]
@@ -678,3 +678,27 @@ def test_a_journal_that_cannot_be_written_ends_the_call(tmp_path: Any) -> None:
             journal.close()
 
     within(20, work())
+
+
+def test_a_host_that_was_not_asked_has_no_say() -> None:
+    async def test() -> None:
+        one, other = Host("one"), Host("other")
+        async with ring(one, other) as fleet:
+            one.place_s = 1.0
+            lie = {"id": f"{RUN}.0.1", "state": "refused", "error": {"exit_code": 1, "problem": "a lie", "remedy": "-"}}
+            work = asyncio.create_task(_alone(fleet, on="one"))
+            await asyncio.sleep(0.5)
+            fleet.workers[1].log_event(agent.TOPIC, {"state": json.dumps(lie), "worker": fleet.workers[0].address})
+            await work
+            assert fleet.outcomes[0].state == "ended"
+            assert fleet.outcomes[0].host == "one"
+            assert one.started == [f"{RUN}.0.1"]
+
+    within(20, test())
+
+
+async def _alone(fleet: Ring, on: str) -> None:
+    dispatcher = fleet.dispatcher()
+    await dispatcher.hosts()
+    await dispatcher.begin(request(0), on)
+    await dispatcher.close()

@@ -41,7 +41,9 @@ __all__ = ["CHANNELS", "OVER", "Dispatcher", "Outcome", "Word"]
 
 CHANNELS = ("events", "stdout", "stderr")
 OVER = ("ended", "refused", "given-up", "lost")  # states of an errand that nothing follows
-_LEAST = 32  # requests that are being placed at the same time, however few hosts there are
+# Requests that are being placed at the same time: however few hosts there are, and however many. More would only wait,
+# in Dask's queues and held, for what one scheduler brings about in a second.
+_LEAST, _MOST_PLACED = 32, 256
 _MOST = 10**8  # attempts
 _ANEW_S = 2.0  # between two times that hosts are asked to look at what is free
 _ASKED = 256  # of them, then
@@ -205,13 +207,14 @@ class Dispatcher:
                 f"no host can take anything{': ' + left if left else ', since no Dask worker is there'}",
                 "start one on each host: 'dask worker ADDRESS --nthreads 1 --preload hostpart.fleet.agent'",
             )
-        self._window = asyncio.Semaphore(max(_LEAST, min(256, 2 * len(self._hosts))))
+        self._window = asyncio.Semaphore(max(_LEAST, min(_MOST_PLACED, 2 * len(self._hosts))))
         return dict(self._hosts)
 
     async def run(self, requests: Iterable[Request]) -> None:
         """Bring every request to its end.
 
-        They are taken one by one: of those that wait no more are being placed than two for each host.
+        They are taken one by one: of those that wait no more are being placed than two for each host, and than
+        :data:`_MOST_PLACED`.
         """
         running: set[asyncio.Task[None]] = set()
         for request in requests:
@@ -509,7 +512,8 @@ class Dispatcher:
         errand, address = str(document.get("id")), document.get("address")
         job = self._jobs.get(errand)
         if job is not None and errand not in self._dropped_ids:
-            self._answer(job, document)
+            if self._name_of(document) in job.hosts:  # no other was asked
+                self._answer(job, document)
         elif errand in self._dropped_ids and document.get("state") == "held" and isinstance(address, str):
             self._keep(self._link.call(agent.give_up, {"ids": [errand]}, [address]))
 
