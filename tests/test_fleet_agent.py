@@ -196,7 +196,7 @@ def test_of_a_short_guest_the_scheduler_is_not_told(monkeypatch: pytest.MonkeyPa
             await tell(**resources)
 
         monkeypatch.setattr(fleet.made[0], "set_resources", note)
-        monkeypatch.setattr(agent, "_LESS_S", 8.0)
+        monkeypatch.setattr(agent, "_LESS_S", 4.0)
         await fleet.place(request(0, "true"))
         await fleet.call(agent.start, {"ids": [f"{RUN}.0"]})
 
@@ -206,7 +206,7 @@ def test_of_a_short_guest_the_scheduler_is_not_told(monkeypatch: pytest.MonkeyPa
         assert await until(ended)
         await fleet.place(request(1, "true"))
         # What is held for longer is told of, and so is what is given back.
-        await asyncio.sleep(9.0)
+        await asyncio.sleep(5.0)
         assert [resources[supply.PCPUS] for resources in told] == [FREE - 1]
         await fleet.call(agent.give_up, {"ids": [f"{RUN}.1"]})
         assert await until(fleet.has(FREE), 5)

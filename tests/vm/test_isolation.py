@@ -201,9 +201,7 @@ def _load_average() -> int:
 
 
 @pytest.mark.vm(limit_s=500)
-@pytest.mark.parametrize(
-    "level", [pytest.param("cpuset", marks=SELDOM), pytest.param("full", marks=pytest.mark.vm(every=True))]
-)
+@pytest.mark.parametrize("level", [pytest.param("cpuset", marks=SELDOM), "full"])
 def test_nothing_else_runs_on_the_guests_pcpus(level: str) -> None:
     before = fingerprint(tasks=False)
     load = _load(24)
