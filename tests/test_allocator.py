@@ -31,22 +31,13 @@ from hostpart.allocator import (
 from hostpart.cpuset import CpuSet
 from hostpart.errors import DoesNotFit
 from hostpart.topology import Pcpu, Topology
+from tests.machines import topology_of
 
 CASES: dict[str, Any] = json.loads((Path(__file__).parent / "cases" / "kubelet_placements.json").read_text("utf-8"))
 
 laws = settings(
     max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
-
-
-def topology_of(rows: list[list[Any]]) -> Topology:
-    pcpus = [
-        Pcpu(cpu, core=core, package=package, numa=numa, llc=llc)
-        for core, package, numa, llc, threads in rows
-        for cpu in CpuSet.parse(threads)
-    ]
-    pcpus.sort(key=lambda pcpu: pcpu.cpu)
-    return Topology(tuple(pcpus), CpuSet.of(pcpu.cpu for pcpu in pcpus))
 
 
 def smt_machine(cores: int, threads: int = 2) -> Topology:

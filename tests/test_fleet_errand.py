@@ -26,6 +26,7 @@ from hostpart.fleet.identity import machine
 from hostpart.fleet.order import Order
 from hostpart.fleet.supply import NOTHING
 from tests.conftest import Place, wait_until
+from tests.test_experiment import QUICK
 
 RUN = "0123456789ab"
 two = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two usable pCPUs")
@@ -554,22 +555,6 @@ def test_a_command_that_is_not_there_is_said_to_be_missing(fleet: Errands, monke
 
 
 # -- experiments --------------------------------------------------------------------------------------------
-
-QUICK = """
-processes = 1
-seconds = 0.1
-warmup = 0.05
-settle = 0.1
-placements = ["same-pcpu"]
-scope = "experiment"
-[[victim]]
-probe = "noise"
-options = { engine = "python" }
-[[aggressor]]
-name = "spinners"
-probe = "spin"
-count = 2
-"""
 
 
 def experiment(number: int, text: str = QUICK) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from hostpart.fleet import supply
 from hostpart.host import Host
 from hostpart.topology import Pcpu, Topology, read_topology
 from tests.conftest import Place
-from tests.machines import RECORDED
-from tests.test_allocator import CASES, laws, situations, topology_of
+from tests.machines import RECORDED, topology_of
+from tests.test_allocator import CASES, laws, situations
 
 MACHINES = {
     "2c-firecracker": read_topology(Host(str(RECORDED))),

@@ -10,6 +10,7 @@ import json
 
 from ..errors import Failed
 from ..fleet import cluster, roster
+from ..fleet.order import object_of
 from ..front import say
 from ..value import Value
 from .table import plain
@@ -146,12 +147,7 @@ def read_answer(host: FleetHost, text: object) -> Answer:
         return bad
     if type(status) is not int or not isinstance(out, str) or not isinstance(err, str):
         return bad
-    try:
-        document = json.loads(out) if out.strip() else None
-    except (ValueError, RecursionError):
-        document = None
-    if not isinstance(document, dict):
-        document = None
+    document = object_of(out)
     if status == 0 and document is None:
         return bad
     return Answer(host, status, document, _problem(err) if status else "")

@@ -158,10 +158,7 @@ class Agent:
 
     async def place(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Have a request placed and held, and tell of it; to its end, even where Dask has lost interest."""
-        task = asyncio.get_running_loop().create_task(self._place(request))
-        self._tasks.append(task)
-        task.add_done_callback(self._tasks.remove)
-        return await asyncio.shield(task)
+        return await asyncio.shield(self._keep(self._place(request)))
 
     async def _place(self, request: Mapping[str, Any]) -> dict[str, Any]:
         one = str(request.get("id"))
@@ -170,7 +167,6 @@ class Agent:
             found = await asyncio.to_thread(self._begin, request)
         finally:
             self._placing.discard(one)
-        found["turn"] = self.turn
         self._note(found)
         # In an object Dask's scheduler puts who has sent it; in a text it cannot.
         self.worker.log_event(TOPIC, {"state": json.dumps(found)})
@@ -183,7 +179,8 @@ class Agent:
         except (HostpartError, OSError) as error:
             found = {"id": request.get("id"), "state": "refused", "error": _worded(error).to_json()}
         # Whoever sends the next request is to know what is left.
-        return {**found, "free": self._supply()}
+        free = self._supply()
+        return {**found, "free": free, "turn": self.turn}
 
     def note(self, found: Mapping[str, Any]) -> None:
         """Take in a state that somebody has asked for."""
@@ -194,9 +191,14 @@ class Agent:
 
     def later(self, work: Coroutine[Any, Any, None]) -> None:
         """Do something beside the answer."""
-        task = asyncio.get_running_loop().create_task(_quietly(work))
+        self._keep(_quietly(work))
+
+    def _keep(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        # The loop itself holds tasks weakly.
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.append(task)
         task.add_done_callback(self._tasks.remove)
+        return task
 
     def _held(self) -> set[str]:
         return self.live | self._placing
@@ -224,12 +226,8 @@ class Agent:
         due = time.monotonic() + _REFRESH_S
         while True:
             await asyncio.sleep(_LOOK_S)
-            found = [await asyncio.to_thread(self.errands.state, one) for one in sorted(self.live)]
-            for state in found:
-                self._note(state)
-            over = any(state["state"] not in LIVE for state in found)
-            if over:
-                self.changed(_MORE_S)
+            for one in sorted(self.live):
+                self.note(await asyncio.to_thread(self.errands.state, one))
             if time.monotonic() >= due:
                 due = time.monotonic() + _REFRESH_S
                 self.later(self.refresh())
@@ -240,7 +238,7 @@ class Agent:
             await asyncio.sleep(_SWEEP_S)
 
 
-async def _quietly(work: Awaitable[None]) -> None:
+async def _quietly(work: Awaitable[Any]) -> None:
     try:
         await work
     except (HostpartError, OSError) as error:

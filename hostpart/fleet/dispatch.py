@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import json
 import secrets
 import time
 from collections import defaultdict
@@ -22,6 +21,7 @@ from ..experiment.intake import finite
 from ..value import Value
 from . import agent
 from .link import Parcel
+from .order import object_of
 from .request import Request, number_of
 from .resumption import Known
 from .roster import choose, resources
@@ -296,7 +296,7 @@ class Dispatcher:
 
     async def find(self, run: str) -> dict[int, list[Known]]:
         """Return all that the hosts know of the requests of an earlier call, by number."""
-        addresses = {host.address: name for name, host in self._hosts.items()}
+        addresses = dict(self._names_at)
         said = await self._link.call(agent.states, {"run": run}, list(addresses))
         found: dict[int, list[Known]] = defaultdict(list)
         for address, answer in said.items():
@@ -492,7 +492,7 @@ class Dispatcher:
             said = await self._link.call(agent.look, {}, asked, 10.0)
             await self._look(0.0)
             for address, answer in said.items():
-                if name := self._name_at(address):
+                if name := self._names_at.get(address):
                     self._hear_free(name, answer)
 
     def _hear_free(self, name: str, said: Mapping[str, Any]) -> bool:
@@ -503,10 +503,7 @@ class Dispatcher:
         return True
 
     def _name_of(self, state: Mapping[str, Any]) -> str | None:
-        return self._name_at(str(state.get("address")))
-
-    def _name_at(self, address: str) -> str | None:
-        return self._names_at.get(address)
+        return self._names_at.get(str(state.get("address")))
 
     def _word(self, document: dict[str, Any]) -> None:
         errand, address = str(document.get("id")), document.get("address")
@@ -891,11 +888,7 @@ class Dispatcher:
             self._event(job, line, start)
 
     def _event(self, job: _Job, line: bytes, offset: int) -> None:
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            return
-        if not isinstance(event, dict):
+        if (event := object_of(line)) is None:
             return
         self._hear(Word(job.request, job.host, "event", event))
         if self._journal is None:

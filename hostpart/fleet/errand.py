@@ -37,7 +37,7 @@ from ..errors import Failed, NotPermitted, UsageError
 from ..ledger import boot_id
 from . import supply
 from .identity import command, machine
-from .order import Order, check_id, check_run, is_id
+from .order import Order, check_id, check_run, is_id, object_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -313,11 +313,7 @@ class Errand:
                     self._take(line)
 
     def _take(self, line: bytes) -> None:
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            return
-        if not isinstance(event, dict):
+        if (event := object_of(line)) is None:
             return
         kind = event.get("event")
         if kind == "ready":

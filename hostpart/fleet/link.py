@@ -15,6 +15,7 @@ from dask.task_spec import Task
 
 from ..value import Value
 from .agent import TOPIC, place
+from .order import object_of
 from .roster import Roster, look
 from .supply import CORE_PCPUS, PCPUS
 
@@ -185,8 +186,4 @@ def _document(answer: object) -> dict[str, Any] | None:
     # What a host says is checked where it is used; here only that it can be looked into.
     if not isinstance(answer, str) or len(answer) > _LONGEST:
         return None
-    try:
-        document = json.loads(answer)
-    except (ValueError, RecursionError):
-        return None
-    return document if isinstance(document, dict) else None
+    return object_of(answer)

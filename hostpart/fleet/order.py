@@ -5,6 +5,7 @@ The request is the client's (:mod:`hostpart.fleet.request`); that it was well ma
 
 from __future__ import annotations
 
+import json
 import re
 
 from ..errors import UsageError
@@ -14,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["KEPT_NAMES", "MAX_TEXT", "Order", "check_id", "check_run", "is_id"]
+__all__ = ["KEPT_NAMES", "MAX_TEXT", "Order", "check_id", "check_run", "is_id", "object_of"]
 
 MAX_TEXT = 32 << 20  # characters of a request as JSON
 KEPT_NAMES = frozenset({
@@ -90,6 +91,15 @@ class Order(Value):
 def is_id(text: object) -> bool:
     """Whether *text* may be an errand's name, and so a directory's."""
     return isinstance(text, str) and bool(_ID.fullmatch(text)) and ".." not in text
+
+
+def object_of(text: str | bytes) -> dict[str, Any] | None:
+    """Return the JSON object that a text is; None where it is another, or nested without end."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def check_id(text: object) -> str:

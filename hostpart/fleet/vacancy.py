@@ -114,18 +114,8 @@ class Vacancy:
             name = names[(first + step) % len(names)]
             if name in without:
                 continue
-            said, beside = self._said.get(name), reserved.get(name, _NOTHING)
-            # The lesser of the two limits.
-            told = self._told[name]
-            free = told if said is None else said.free
-            if said is None and not beside:
-                fits = True
-            else:
-                fits = all(
-                    min(free.get(what, 0.0), told[what]) - beside.get(what, 0.0) >= wanted
-                    for what, wanted in needs.items()
-                )
-            if fits:
+            free, beside = self.of(name), reserved.get(name, _NOTHING)
+            if all(free.get(what, 0.0) - beside.get(what, 0.0) >= wanted for what, wanted in needs.items()):
                 found.append(name)
                 if len(found) == most:
                     self._cursor = first + step + 1

@@ -30,8 +30,8 @@ from hostpart.cpuset import CpuSet
 from hostpart.errors import DoesNotFit
 from hostpart.fleet.supply import resources
 from hostpart.host import Host
-from hostpart.topology import Pcpu, Topology, read_topology
-from tests.machines import RECORDED
+from hostpart.topology import Topology, read_topology
+from tests.machines import RECORDED, topology_of
 
 __all__ = ["CONFIG", "MACHINES", "RecordedErrands", "Wish", "machines", "main", "recorded", "tally", "wishes"]
 
@@ -54,20 +54,10 @@ _AT_ONCE = 50  # workers that register at the same time
 _CHANNELS = ("events", "stdout", "stderr")
 
 
-def _topology(rows: Sequence[Sequence[Any]]) -> Topology:
-    pcpus = [
-        Pcpu(cpu, core=core, package=package, numa=numa, llc=llc)
-        for core, package, numa, llc, threads in rows
-        for cpu in CpuSet.parse(threads)
-    ]
-    pcpus.sort(key=lambda pcpu: pcpu.cpu)
-    return Topology(tuple(pcpus), CpuSet.of(pcpu.cpu for pcpu in pcpus))
-
-
 def machines() -> dict[str, Topology]:
     """Give the recorded machines: that of this folder, and those of the kubelet's own cases that can become full."""
     named = json.loads(_CASES.read_text("utf-8"))["topologies"]
-    found = {"2c": read_topology(Host(str(RECORDED))), **{name: _topology(rows) for name, rows in named.items()}}
+    found = {"2c": read_topology(Host(str(RECORDED))), **{name: topology_of(rows) for name, rows in named.items()}}
     return {name: topology for name, topology in found.items() if len(topology.usable) <= _LARGEST}
 
 

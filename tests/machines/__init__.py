@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 
 from hostpart.cpuset import CpuSet
 from hostpart.host import Host
+from hostpart.topology import Pcpu, Topology
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from typing import Any
 
-__all__ = ["RECORDED", "fake_files", "fake_host", "madt", "write_tree"]
+__all__ = ["RECORDED", "fake_files", "fake_host", "madt", "topology_of", "write_tree"]
 
 RECORDED = Path(__file__).parent / "2c-firecracker"
 _CPU = "sys/devices/system/cpu"
@@ -98,6 +100,17 @@ def fake_files(
         else:
             made[name] = content
     return made
+
+
+def topology_of(rows: Sequence[Sequence[Any]]) -> Topology:
+    """Return the topology of *rows*: core, package, NUMA node and cache, and the CPU list of the core's threads."""
+    pcpus = [
+        Pcpu(cpu, core=core, package=package, numa=numa, llc=llc)
+        for core, package, numa, llc, threads in rows
+        for cpu in CpuSet.parse(threads)
+    ]
+    pcpus.sort(key=lambda pcpu: pcpu.cpu)
+    return Topology(tuple(pcpus), CpuSet.of(pcpu.cpu for pcpu in pcpus))
 
 
 def write_tree(root: Path, files: Mapping[str, str | bytes]) -> None:
