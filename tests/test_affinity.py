@@ -323,6 +323,21 @@ def test_a_third_partys_mask_is_kept_and_said_once(tree: Tree, ledger: Ledger) -
     assert mask(pid) == [KEPT]
 
 
+def test_a_mask_that_somebody_sets_while_others_are_moved_is_what_it_gets_back(tree: Tree, ledger: Ledger) -> None:
+    pid = tree.start(TAKEN)
+
+    class Between(Host):
+        def set_affinity(self, tid: int, cpus: CpuSet) -> None:
+            if tid == tree.top.pid:
+                os.sched_setaffinity(pid, {KEPT, TAKEN})
+            super().set_affinity(tid, cpus)
+
+    settle(Between(), ledger, [tree.holding()], ())
+    assert mask(pid) == [KEPT]
+    sweep(ledger)
+    assert mask(pid) == sorted({KEPT, TAKEN})
+
+
 def test_a_stranger_born_since_with_a_mask_like_ours_is_left_alone(tree: Tree, ledger: Ledger) -> None:
     tree.start()  # all that had this mask before, had one other: nothing but the scope tells the stranger from them
     sweep(ledger, tree.holding())

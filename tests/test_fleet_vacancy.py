@@ -60,6 +60,21 @@ def test_what_ended_before_a_host_looked_is_not_counted_twice(known: Vacancy) ->
     assert known.of("b") == TWO
 
 
+def test_what_ended_after_a_host_looked_counts_though_its_look_is_heard_of_later(known: Vacancy) -> None:
+    known.say("a", {"pcpus": 0.0, "cores": 0.0}, 3)
+    known.give("a", ONE, 4)
+    assert known.of("a")["pcpus"] == 1.0
+    known.say("a", {"pcpus": 0.0, "cores": 0.0}, 4)
+    assert known.of("a")["pcpus"] == 1.0
+    known.say("a", {"pcpus": 0.0, "cores": 0.0}, 3)
+    assert known.of("a")["pcpus"] == 1.0, "an older word"
+    known.say("a", {"pcpus": 0.0, "cores": 0.0}, 5)  # it was in there, and something else has come
+    assert known.of("a")["pcpus"] == 0.0
+    known.give("b", ONE, 2)
+    known.say("b", {"pcpus": 0.0, "cores": 0.0}, 2)
+    assert known.of("b")["pcpus"] == 1.0, "the first that was heard of it"
+
+
 def test_what_holds_without_a_word_of_what_is_left_counts_by_its_needs(known: Vacancy) -> None:
     known.take("a", ONE, 1)
     assert known.of("a")["pcpus"] == 1.0

@@ -14,6 +14,7 @@ import asyncio
 import base64
 import json
 import logging
+import threading
 import time
 
 from distributed import Status, get_worker
@@ -79,11 +80,13 @@ class Agent:
         self.hello = dict(hello or {})
         self.live: set[str] = set()
         self._told: dict[str, float] = {}
+        self._told_turn = 0
         self._held_told: set[str] = set()  # what may have held something then
         self._placing: set[str] = set()
         self._tasks: list[asyncio.Task[Any]] = []
         self._telling = asyncio.Lock()
-        self.turn = 0  # how often it was looked at what is free
+        self.turn = 0  # how often it was looked at what is free, the look that is going on included
+        self._counting = threading.Lock()
         self._due: asyncio.TimerHandle | None = None  # when what is free is told
         worker.extensions[_EXTENSION] = self
 
@@ -93,7 +96,7 @@ class Agent:
             self.hello = await asyncio.to_thread(identity)
         self.live = await asyncio.to_thread(self._look)
         self._held_told = self._held()
-        self._told = await asyncio.to_thread(self._supply)
+        self._told_turn, self._told = await asyncio.to_thread(self._supply)
         state = self.worker.state
         state.total_resources.update(self._told)
         state.available_resources.update({name: count + _PLENTY for name, count in self._told.items()})
@@ -102,9 +105,9 @@ class Agent:
         self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._sweep())]
 
     @property
-    def told(self) -> dict[str, float]:
-        """What the scheduler was told last."""
-        return dict(self._told)
+    def told(self) -> dict[str, Any]:
+        """What the scheduler was told last (``free``), and how often it was looked by then (``turn``)."""
+        return {"free": dict(self._told), "turn": self._told_turn}
 
     async def end(self) -> None:
         """Say nothing any more. The errands go on."""
@@ -121,9 +124,9 @@ class Agent:
         """
         async with self._telling:
             held = self._held()
-            now = await asyncio.to_thread(self._supply)
+            turn, now = await asyncio.to_thread(self._supply)
             if now == self._told:
-                self._held_told = held
+                self._held_told, self._told_turn = held, turn
                 return
             more = any(count > self._told.get(name, 0) for name, count in now.items())
             if not more and not less:
@@ -131,7 +134,7 @@ class Agent:
                 return
             self._held_told = held
             await self.worker.set_resources(**now)
-            self._told = now
+            self._told_turn, self._told = turn, now
         if more and self.worker.status == Status.running:
             # Dask's scheduler looks again at tasks that no host could take when a worker comes, not when one has more:
             # Scheduler.add_resources() against handle_worker_status_change(), distributed 2026.8.
@@ -179,8 +182,8 @@ class Agent:
         except (HostpartError, OSError) as error:
             found = {"id": request.get("id"), "state": "refused", "error": _worded(error).to_json()}
         # Whoever sends the next request is to know what is left.
-        free = self._supply()
-        return {**found, "free": free, "turn": self.turn}
+        turn, free = self._supply()
+        return {**found, "free": free, "turn": turn}
 
     def note(self, found: Mapping[str, Any]) -> None:
         """Take in a state that somebody has asked for."""
@@ -212,15 +215,17 @@ class Agent:
     def _look(self) -> set[str]:
         return {one for one in self.errands.ids() if self.errands.state(one)["state"] in LIVE}
 
-    def _supply(self) -> dict[str, float]:
-        try:
-            free = dict(self.errands.supply())
-            # Counted afterwards: what ends meanwhile may be in it, and is then not counted twice.
+    def _supply(self) -> tuple[int, dict[str, float]]:
+        # What is free, and the turn. What ends while it is looked counts as not in it: who takes it for free when it is
+        # not is refused once, who takes it for taken when it is free waits.
+        with self._counting:
             self.turn += 1
-            return free
+            turn = self.turn
+        try:
+            return turn, dict(self.errands.supply())
         except (HostpartError, OSError) as error:
             log.warning("%s", error)
-            return dict(supply.NOTHING)
+            return turn, dict(supply.NOTHING)
 
     async def _watch(self) -> None:
         due = time.monotonic() + _REFRESH_S
@@ -341,7 +346,7 @@ async def look(text: str, dask_worker: Worker) -> str:
         agent = _agent(dask_worker)
         _object(text)
         await agent.refresh()
-        return json.dumps({"free": agent.told, "turn": agent.turn})
+        return json.dumps(agent.told)
     except (HostpartError, OSError) as error:
         return _refusal(error)
 

@@ -22,7 +22,7 @@ _NOTHING: Mapping[str, float] = {}
 
 
 class _Said(Value):
-    # What a host has said that it has; *turn*: how often it had looked before.
+    # What a host has said that it has, or what has ended there; *turn*: how often it had looked by then.
     at: float
     turn: int
     free: dict[str, float]
@@ -32,12 +32,13 @@ class Vacancy:
     """See the module. Hosts go by their names, resources by those of :mod:`hostpart.fleet.supply`.
 
     Hosts count how often they have looked at what they have: a host's *turn*. What ends there in an earlier turn than
-    that of what it has said is in that already.
+    that of what it has said is in that already; what ends later is not, whichever of the two is heard first.
     """
 
     def __init__(self) -> None:
         self._told: dict[str, dict[str, float]] = {}
         self._said: dict[str, _Said] = {}
+        self._given: dict[str, list[_Said]] = {}  # what has ended since that turn, or in it
         self._reserved: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._able: dict[tuple[tuple[str, float], ...], list[str]] = {}  # by needs: who has told of as much
         self._cursor = 0
@@ -48,24 +49,28 @@ class Vacancy:
         self._told = {name: dict(free) for name, free in resources.items()}
         self._able = {}
         self._said = {name: said for name, said in self._said.items() if said.at > since}
+        self._given = {name: left for name, given in self._given.items()
+                       if (left := [one for one in given if one.at > since])}  # fmt: skip
 
     def say(self, name: str, free: Mapping[str, float], turn: int) -> None:
         """Take in what a host says of itself."""
-        said = self._said.get(name)
-        if said is None or turn >= said.turn:
-            self._said[name] = _Said(time.monotonic(), turn, dict(free))
+        given = [one for one in self._given.get(name, ()) if one.turn >= turn]
+        if self._take_in(name, free, turn) and name in self._given:
+            self._given[name] = given
+            for one in given:
+                self._add(name, one.free)
 
     def take(self, name: str, needs: Mapping[str, float], turn: int) -> None:
         """Something holds a VM on a host that has not said what it has left."""
         free = self.of(name)
-        self.say(name, {what: count - needs.get(what, 0.0) for what, count in free.items()}, turn)
+        self._take_in(name, {what: count - needs.get(what, 0.0) for what, count in free.items()}, turn)
 
     def give(self, name: str, needs: Mapping[str, float], turn: int) -> None:
         """It holds nothing there any more."""
         said = self._said.get(name)
-        if said is not None and turn >= said.turn:
-            for what, wanted in needs.items():
-                said.free[what] = said.free.get(what, 0.0) + wanted
+        if said is None or turn >= said.turn:
+            self._given.setdefault(name, []).append(_Said(time.monotonic(), turn, dict(needs)))
+            self._add(name, needs)
 
     def of(self, name: str) -> dict[str, float]:
         """Return what a host has free; nothing of one that is not there."""
@@ -93,6 +98,19 @@ class Vacancy:
     def free(self) -> dict[str, dict[str, float]]:
         """Return what each host has free."""
         return {name: self.of(name) for name in self._told}
+
+    def _take_in(self, name: str, free: Mapping[str, float], turn: int) -> bool:
+        # Whether it is no older than what was heard before.
+        said = self._said.get(name)
+        if said is not None and turn < said.turn:
+            return False
+        self._said[name] = _Said(time.monotonic(), turn, dict(free))
+        return True
+
+    def _add(self, name: str, needs: Mapping[str, float]) -> None:
+        if (said := self._said.get(name)) is not None:
+            for what, wanted in needs.items():
+                said.free[what] = said.free.get(what, 0.0) + wanted
 
     def _with_room(
         self,

@@ -412,6 +412,10 @@ class _Sweep:
 
     def _look(self) -> list[Task]:
         # Those that are new, or not as they should be.
+        if (online := self._cpus("online")) != self.online:
+            self.online = online
+            for one in (self.wants, self.rights, self.right):
+                one.clear()
         there: set[int] = set()
         found = []
         for pid, tids in _threads():
@@ -666,6 +670,10 @@ class _Sweep:
 
     def _write(self, task: Task, want: CpuSet) -> None:
         try:
+            if os.sched_getaffinity(task.tid) != self._right(task.mask):
+                # Somebody was there since it was read, as the kernel is when CPUs come back: what they gave it would be
+                # lost. The next look takes it in.
+                return
             self.host.set_affinity(task.tid, want)
         except OSError as error:
             if error.errno in _GONE:

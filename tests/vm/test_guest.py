@@ -141,7 +141,7 @@ def assert_confined(seen: Sequence[Thread], pcpus: Sequence[int], kept: set[int]
         last = thread.sights[-1]
         assert (last.mask, last.processor) == (str(pcpu), pcpu), thread
         assert last.times > 5, thread
-        assert last.last_ns > 5 * TRIFLE_NS, thread
+        assert last.last_ns > 2 * TRIFLE_NS, thread  # how long its work takes is the emulator's speed
         # Not a moment of the guest's before that, wherever it was put: into a cpuset, and then on one of its pCPUs.
         for sight in thread.sights[:-1]:
             mask = set(CpuSet.parse(sight.mask))
