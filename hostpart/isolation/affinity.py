@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import time
 
 from ..cpuset import CpuSet
 from ..ledger import Known
@@ -41,6 +42,7 @@ _WIDE = "wide"
 _SWEPT = "swept:0:0"  # no task; in the ledger from the first baselines on until all masks are back
 _PASSES = 60  # looks until it is given up; with six processes forking all the while three were enough
 _AGAIN = 3  # times that a task which puts itself back is moved; more would be a fight
+_BACK_S = 10.0  # within which the kernel has brought its threads to a CPU that is online again
 _NAMED = 5  # threads that a sentence names by number
 _REFUSED = frozenset({errno.EINVAL, errno.EPERM, errno.EACCES, errno.EBUSY})
 _GONE = frozenset({errno.ENOENT, errno.ESRCH})
@@ -49,6 +51,8 @@ _GONE = frozenset({errno.ENOENT, errno.ESRCH})
 _MOVED: dict[str, tuple[CpuSet, int]] = {}
 # Likewise: those that stay on released pCPUs, because nobody can move them or because they fight it.
 _LEFT: set[str] = set()
+# Likewise, by a CPU's number: when it was last seen offline.
+_OFFLINE: dict[int, float] = {}
 
 
 class Task(Value):
@@ -326,6 +330,7 @@ class _Sweep:
         self.first = not self.marked
         self.wide = frozenset(remembered[_WIDE].ours) if _WIDE in remembered else frozenset[str]()
         self.online = CpuSet()
+        self.away = CpuSet()  # CPUs that are offline, or were a moment ago
         self.masks: dict[bytes, CpuSet] = {}
         # A host has few masks and many tasks: what follows from one is made once.
         self.parsed: dict[str, CpuSet] = {}
@@ -376,12 +381,18 @@ class _Sweep:
         return Swept(self.moved, passes, **said)
 
     def _read_tasks(self) -> None:
-        self.online = self._cpus("online")
+        self._see_online()
+        before = self.online
         self.tasks = _read_all(self.masks, self._plain())
-        online = self._cpus("online")
-        if online != self.online:
-            self.online = online
+        self._see_online()
+        if self.online != before:
             self.tasks = _read_all(self.masks, {})
+
+    def _see_online(self) -> None:
+        self.online = self._cpus("online")
+        now = time.monotonic()
+        _OFFLINE.update(dict.fromkeys(self._cpus("possible") - self.online, now))
+        self.away = CpuSet.of(cpu for cpu, at in _OFFLINE.items() if now - at < _BACK_S)
 
     def _plain(self) -> dict[frozenset[int], CpuSet]:
         # sched_getaffinity(2) costs a twentieth of the file with the mask, but hides CPUs that are offline. Who may run
@@ -412,8 +423,9 @@ class _Sweep:
 
     def _look(self) -> list[Task]:
         # Those that are new, or not as they should be.
-        if (online := self._cpus("online")) != self.online:
-            self.online = online
+        before = self.online
+        self._see_online()
+        if self.online != before:
             for one in (self.wants, self.rights, self.right):
                 one.clear()
         there: set[int] = set()
@@ -527,8 +539,12 @@ class _Sweep:
         there = _cpuset(self.host, task.tid, CpuSet())
         if now in {str(CpuSet.parse(one) & there) for one in (*known.ours, known.baseline)}:
             return True
-        # When a CPU goes offline the kernel takes it out of the masks of some threads of its own (rcu_exp_*).
-        return task.kthread and now in {str(CpuSet.parse(one) & self.online) for one in (*known.ours, known.baseline)}
+        # When a CPU goes offline the kernel takes it out of the masks of some threads of its own (rcu_exp_*), and when
+        # it comes back, into those of others, one CPU after the other (kcompactd).
+        return task.kthread and any(
+            task.mask <= one and one - task.mask <= self.away
+            for one in map(CpuSet.parse, (*known.ours, known.baseline))
+        )
 
     def _released_to(self, task: Task) -> CpuSet:
         # The pCPUs that this task is to be kept off.

@@ -557,6 +557,24 @@ def test_a_mask_is_whole_again_when_its_cpu_is(family: Family, ledger: Ledger, o
     assert ledger.known() == {}
 
 
+@pytest.mark.vm(every=("6.12",))
+def test_a_kernel_thread_that_is_on_its_way_back_to_all_its_cpus_has_chosen_nothing(
+    ledger: Ledger, offline: Callable[[int], None]
+) -> None:
+    (tid,) = [tid for tid, _, name in masks() if name == "kcompactd1"]
+    assert mask_of(tid) == "4-7"
+    sweep(ledger, held("4"))
+    offline(7)
+    sweep(ledger, held("4"))
+    Path("/sys/devices/system/cpu/cpu7/online").write_text("1")
+    # Here a look may fall: CPU 7 is online, and the kernel has yet to give it to its thread.
+    os.sched_setaffinity(tid, {4, 5, 6})
+    assert sweep(ledger, held("4")).foreign == ()
+    assert mask_of(tid) in ("5-6", "5-7")
+    sweep(ledger)
+    assert mask_of(tid) == "4-7"
+
+
 def test_a_task_in_a_cpuset_of_its_own_moves_within_it(family: Family, ledger: Ledger) -> None:
     top = Path("/sys/fs/cgroup")
     if not (top / "cgroup.controllers").exists():

@@ -15,6 +15,7 @@ from hostpart import procfs
 from hostpart.ledger import Ledger
 from tests.vm.command import run, wait_until
 from tests.vm.fingerprint import difference, fingerprint
+from tests.vm.seldom import SELDOM
 
 pytestmark = pytest.mark.vm(limit_s=240)
 
@@ -70,7 +71,9 @@ def _attach(level: str, pid: int) -> None:
     assert _masks(_child(pid)) == [S]
 
 
-@pytest.mark.parametrize("level", ["affinity", "sweep", "cpuset", "full"])
+@pytest.mark.parametrize(
+    "level", ["affinity", *(pytest.param(level, marks=SELDOM) for level in ("sweep", "cpuset")), "full"]
+)
 def test_a_process_with_its_threads_and_child_is_given_back_on_stop(level: str) -> None:
     pid = _process()
     before = fingerprint()
@@ -85,7 +88,7 @@ def test_a_process_with_its_threads_and_child_is_given_back_on_stop(level: str) 
     _same(before)
 
 
-@pytest.mark.parametrize("level", ["affinity", "cpuset"])
+@pytest.mark.parametrize("level", [pytest.param("affinity", marks=SELDOM), "cpuset"])
 def test_it_outlives_its_keeper_and_restore_gives_it_back(level: str) -> None:
     pid = _process()
     child = _child(pid)

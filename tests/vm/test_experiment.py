@@ -19,7 +19,7 @@ seconds = 1.0
 warmup = 0.1
 settle = 1.0
 isolation = ["affinity", "cpuset"]
-placements = ["same-pcpu", "sibling"]
+placements = ["same-pcpu"]
 [[victim]]
 probe = "noise"
 options = { engine = "python" }

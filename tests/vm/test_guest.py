@@ -275,7 +275,7 @@ def test_the_host_is_kept_off_until_the_guest_ends(host: dict[str, str], tmp_pat
     assert_shown(doc, [row.tid for row in rows], (2, 4))
 
 
-@pytest.mark.parametrize("who", ["qemu", *(pytest.param(who, marks=SELDOM) for who in ("keeper", "front")), "all"])
+@pytest.mark.parametrize("who", [*(pytest.param(who, marks=SELDOM) for who in ("qemu", "keeper", "front")), "all"])
 def test_nothing_is_left_of_what_is_killed(host: dict[str, str], tmp_path: Path, who: str) -> None:
     front, rows = isolated(tmp_path, "full")
     pids = {"qemu": rows[0].pid, "keeper": keeper("os"), "front": front.pid}

@@ -108,7 +108,6 @@ def test_the_host_is_as_it_was_after_a_normal_end(level: str, tmp_path: Path) ->
 # -- killed --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.vm(every=("6.1", "6.12"))
 @pytest.mark.parametrize("who", ["front", "keeper", "both", "everything"])
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_host_is_as_it_was_after_a_kill(level: str, who: str) -> None:
@@ -281,7 +280,7 @@ def test_two_vms_that_overlap_in_time_never_undo_each_other() -> None:
     _same(before)
 
 
-@pytest.mark.vm(every=True)
+@pytest.mark.vm(every=("6.1",))
 @pytest.mark.parametrize(
     "die_at", ["", "write.cgroup.subtree_control.after@1,front.lost", "write.online.after@2,front.lost"]
 )
@@ -419,7 +418,7 @@ def test_a_host_cpu_that_goes_offline_and_back_changes_nothing_for_good() -> Non
 
 
 @pytest.mark.vm(limit_s=300)
-@pytest.mark.parametrize("level", ["sweep", "full"])
+@pytest.mark.parametrize("level", [pytest.param("sweep", marks=SELDOM), "full"])
 def test_a_fork_storm_during_release_and_restore_leaves_no_task_moved(level: str) -> None:
     before = fingerprint()
     storm = _load(6)

@@ -118,7 +118,7 @@ def _all_vms() -> list[str]:
         return [row.name for row in ledger.vms()]
 
 
-@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("first", [0, pytest.param(1, marks=SELDOM)])
 @pytest.mark.parametrize(
     "started",
     [

@@ -95,7 +95,6 @@ def test_a_quiet_run_is_held_though_the_host_is_loaded(level: str, planted: Call
     assert "leaves little to miss" in doc["unseen"]
 
 
-@pytest.mark.vm(every=True)
 def test_a_foreign_task_is_named_where_nothing_keeps_it_off(planted: Callable[..., int], tmp_path: Path) -> None:
     foreign = planted(nothing, PCPU)
     doc = ran(tmp_path / "e.json", "affinity", 3, *EMULATED)
@@ -171,7 +170,6 @@ def _started(level: str, path: Path) -> Started:
     return started
 
 
-@pytest.mark.vm(every=("6.1", "6.12"))
 @pytest.mark.parametrize("away_s", [0.0, 1.0], ids=["between two looks", "for longer than a look"])
 def test_a_cpu_that_was_unplugged_and_came_back_is_named(away_s: float, tmp_path: Path) -> None:
     path = tmp_path / "e.json"
