@@ -323,10 +323,51 @@ def test_one_that_two_hosts_hold_is_started_on_one_of_them() -> None:
                 await asyncio.sleep(0.01)
             await doing
             assert fleet.started == [f"{RUN}.0.1"]
-            assert sorted(fleet.states()) == ["ended", "held"]
+            await until(lambda: sorted(fleet.states()) == ["ended", "given-up"])
             await dispatcher.close(0)
 
     within(20, work())
+
+
+def test_what_dask_does_once_more_when_a_host_is_gone_is_given_back_there() -> None:
+    async def work() -> None:
+        a, b = Host("a"), Host("b")
+        async with ring(a, b) as fleet:
+            dispatcher = fleet.dispatcher()
+            await dispatcher.hosts()
+            await dispatcher.run([request(0)])
+            (task,) = fleet.scheduler.tasks.values()
+            (first,) = [number for number, host in enumerate((a, b)) if host.states]
+            other = (a, b)[1 - first]
+            await fleet.workers[first].close(timeout=1)
+            await until(lambda: other.states == {f"{RUN}.0.1": "given-up"}, 10)
+            assert fleet.started == [f"{RUN}.0.1"]
+            assert fleet.outcomes[0].state == "ended"
+            assert task.state in ("memory", "processing")
+            await dispatcher.close(0)
+
+    within(30, work())
+
+
+def test_tasks_that_are_over_are_let_go_of_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_OVER", 6)
+    monkeypatch.setattr(dispatch, "_OVER_S", 1.0)
+
+    async def work() -> None:
+        async with ring(Host("a", 4)) as fleet:
+            dispatcher = fleet.dispatcher(wait_s=30.0)
+            await dispatcher.hosts()
+            for first in range(0, 20, 4):
+                await dispatcher.run([request(number) for number in range(first, first + 4)])
+                await until(lambda: all(one.state == "memory" for one in fleet.scheduler.tasks.values()))
+                assert len(fleet.scheduler.tasks) < 6 + 4
+            await until(lambda: not fleet.scheduler.tasks)
+            await dispatcher.run([request(20)])
+            assert len(fleet.scheduler.tasks) == 1
+            await dispatcher.close(0)
+            await until(lambda: not fleet.scheduler.tasks)
+
+    within(30, work())
 
 
 @pytest.mark.parametrize("back", [True, False], ids=["and is back", "for good"])

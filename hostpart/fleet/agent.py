@@ -156,7 +156,10 @@ class Agent:
 
     def _tell(self, less: bool) -> None:
         self._due = None
-        if self._held() != self._held_told:
+        held = self._held()
+        if not less and held > self._held_told:
+            self.changed(_LESS_S)  # nothing that was told of has ended, so there is no more
+        elif held != self._held_told:
             self.later(self.refresh(less=less))
 
     async def place(self, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,6 +47,8 @@ _LEAST, _MOST_PLACED = 32, 256
 _MOST = 10**8  # attempts
 _ANEW_S = 2.0  # between two times that hosts are asked to look at what is free
 _ASKED = 256  # of them, then
+# Tasks that are over are let go of together, at so many and after so long: alone each costs a message to its host.
+_OVER, _OVER_S = 4096, 10.0
 _BATCH = 100  # requests that are brought to Dask in one message
 _SHORTLIST = 8  # hosts at most that Dask is to choose among; fewer where much is on its way
 _STARTED = 32  # requests that are started in one message, which every one of their hosts reads
@@ -178,6 +180,8 @@ class Dispatcher:
         self._flushing: asyncio.Task[None] | None = None
         self._starting: asyncio.Task[None] | None = None
         self._checking: asyncio.Task[None] | None = None
+        self._over: dict[str, tuple[str, float, Placing]] = {}  # by the errand's name: who has it since when
+        self._letting_go: asyncio.TimerHandle | None = None
         self._followed: dict[str, dict[str, _Job]] = defaultdict(dict)
         self._known: set[str] = set()
         self._learning: set[asyncio.Task[None]] = set()
@@ -511,8 +515,11 @@ class Dispatcher:
         if job is not None and errand not in self._dropped_ids:
             if self._name_of(document) in job.hosts:  # no other was asked
                 self._answer(job, document)
-        elif errand in self._dropped_ids and document.get("state") == "held" and isinstance(address, str):
-            self._keep(self._link.call(agent.give_up, {"ids": [errand]}, [address]))
+        elif document.get("state") == "held" and isinstance(address, str):
+            # Dask does once more what a host has done that it has lost, as long as it has not been let go of.
+            again = errand in self._over and self._over[errand][0] != self._name_of(document)
+            if again or errand in self._dropped_ids:
+                self._keep(self._link.call(agent.give_up, {"ids": [errand]}, [address]))
 
     # -- placing ---------------------------------------------------------------------------------------
 
@@ -535,18 +542,28 @@ class Dispatcher:
             self._jobs.pop(job.id, None)
             self._vacancy.settle(job.hosts, job.request.needs)
             job.hosts = ()
-            if job.placing is not None and not job.placing.over:
-                self._keep(self._outlive(job.placing))
-            job.placing = None
+            placing, job.placing = job.placing, None
         if isinstance(answer, str):
             self._drop(job)
+        elif placing is not None:
+            self._over[job.id] = self._name_of(answer) or "", time.monotonic(), placing
+            if len(self._over) >= _OVER:
+                self._let_go()
+            self._let_go_later()
         return answer
 
-    async def _outlive(self, placing: Placing) -> None:
-        # To let go of a future is to have Dask stop the task, which is about to end by itself.
-        until = time.monotonic() + 5.0
-        while not placing.over and time.monotonic() < until:
-            await asyncio.sleep(_CHECK_S)
+    def _let_go_later(self) -> None:
+        if self._letting_go is None and self._over:
+            self._letting_go = asyncio.get_running_loop().call_later(_OVER_S, self._let_go)
+
+    def _let_go(self) -> None:
+        # Of one that has just said something, and is about to be over, later: Dask would stop it.
+        if self._letting_go is not None:
+            self._letting_go.cancel()
+            self._letting_go = None
+        since = time.monotonic() - _OVER_S / 2
+        self._over = {name: one for name, one in self._over.items() if not one[2].over and one[1] > since}
+        self._let_go_later()
 
     async def _flush(self) -> None:
         pause_s = self._gather_s()
@@ -989,6 +1006,9 @@ class Dispatcher:
         :param wait_s: for what hosts are being asked about themselves
         """
         self._closing = True
+        if self._letting_go is not None:
+            self._letting_go.cancel()
+        self._over.clear()
         if self._learning and wait_s:
             await asyncio.wait(self._learning, timeout=wait_s)
         for task in list(self._kept):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 
 from ..cpuset import CpuSet
 from ..errors import UsageError
@@ -124,7 +125,10 @@ def read(identity: object, before: Roster | None = None) -> Roster:
     for name, address, why, remedy in out:
         left.append(LeftOut(_unique(name or "worker", taken), address, why, remedy))
         taken.add(left[-1].name)
-    shared = [host.replace(shares_with=_sharers(host, hosts)) for host in hosts]
+    beside: dict[tuple[object, ...], list[FleetHost]] = defaultdict(list)
+    for host in hosts:
+        beside[_leases(host)].append(host)
+    shared = [host.replace(shares_with=_sharers(host, beside[_leases(host)])) for host in hosts]
     by_name = sorted(shared, key=lambda host: _natural(host.name))
     gone = tuple(host for host in known if host.name not in names)
     return Roster(tuple(by_name), tuple(sorted(left, key=lambda one: _natural(one.name))), gone)
@@ -318,18 +322,14 @@ def _place(hello: Mapping[str, Any]) -> tuple[object, ...]:
     return hello["machine"], hello["hostname"], hello["domain"]
 
 
-def _sharers(host: FleetHost, hosts: Sequence[FleetHost]) -> tuple[str, ...]:
-    def leases(one: FleetHost) -> tuple[object, ...]:
-        return one.hello["boot_id"], one.hello["domain"]
+def _leases(host: FleetHost) -> tuple[object, ...]:
+    # Those who keep them in one place have the same.
+    return host.hello["boot_id"], host.hello["domain"]
 
+
+def _sharers(host: FleetHost, beside: Sequence[FleetHost]) -> tuple[str, ...]:
     usable = CpuSet.parse(host.hello["usable"])
-    return tuple(
-        sorted(
-            one.name
-            for one in hosts
-            if one is not host and leases(one) == leases(host) and CpuSet.parse(one.hello["usable"]) & usable
-        )
-    )
+    return tuple(sorted(one.name for one in beside if one is not host and CpuSet.parse(one.hello["usable"]) & usable))
 
 
 def _natural(name: str) -> tuple[tuple[bool, int, str], ...]:
