@@ -162,11 +162,14 @@ class Agent:
         elif held != self._held_told:
             self.later(self.refresh(less=less))
 
-    async def place(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Have a request placed and held, and tell of it; to its end, even where Dask has lost interest."""
+    async def place(self, request: Mapping[str, Any]) -> str:
+        """Have a request placed and held, and tell of it; to its end, even where Dask has lost interest.
+
+        :return: what was told, JSON
+        """
         return await asyncio.shield(self._keep(self._place(request)))
 
-    async def _place(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    async def _place(self, request: Mapping[str, Any]) -> str:
         one = str(request.get("id"))
         self._placing.add(one)
         try:
@@ -174,10 +177,11 @@ class Agent:
         finally:
             self._placing.discard(one)
         self._note(found)
+        text = json.dumps(found)
         # In an object Dask's scheduler puts who has sent it; in a text it cannot.
-        self.worker.log_event(TOPIC, {"state": json.dumps(found)})
+        self.worker.log_event(TOPIC, {"state": text})
         self.changed(_LESS_S)
-        return found
+        return text
 
     def _begin(self, request: Mapping[str, Any]) -> dict[str, Any]:
         try:
@@ -275,7 +279,7 @@ async def dask_teardown(worker: Worker) -> None:
 async def place(text: str) -> str:
     """Have a request's VM made ready and held here, or be refused; the task that Dask chooses a host for."""
     try:
-        return json.dumps(await _agent(get_worker()).place(_object(text)))
+        return await _agent(get_worker()).place(_object(text))
     except (HostpartError, OSError) as error:
         return _refusal(error)
 

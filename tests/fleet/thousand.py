@@ -74,6 +74,7 @@ class Simulation:
         dispatcher = Dispatcher(Link(self.fleet), wait_s=float("inf"), ended=ended)
         await dispatcher.hosts()
         gc.collect()
+        gc.freeze()  # as 'hostpart fleet run' does
         began = time.monotonic()
         try:
             await dispatcher.run(_requests(count, seed, most_s))
