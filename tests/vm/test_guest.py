@@ -141,7 +141,7 @@ def assert_confined(seen: Sequence[Thread], pcpus: Sequence[int], kept: set[int]
         last = thread.sights[-1]
         assert (last.mask, last.processor) == (str(pcpu), pcpu), thread
         assert last.times > 5, thread
-        assert last.last_ns > 2 * TRIFLE_NS, thread  # how long its work takes is the emulator's speed
+        assert last.last_ns > 5 * TRIFLE_NS, thread
         # Not a moment of the guest's before that, wherever it was put: into a cpuset, and then on one of its pCPUs.
         for sight in thread.sights[:-1]:
             mask = set(CpuSet.parse(sight.mask))
@@ -175,7 +175,7 @@ def assert_shown(doc: dict[str, Any], tids: Sequence[int], pcpus: Sequence[int])
 
 def test_each_vcpu_thread_is_on_its_pcpu_from_the_first_instruction(host: dict[str, str], tmp_path: Path) -> None:
     onlooker = Onlooker(ASIDE)
-    front = launched(tmp_path, machine_vm(tmp_path, "two", (2, 4), turns=100_000))
+    front = launched(tmp_path, machine_vm(tmp_path, "two", (2, 4), turns=300_000))
     await_guest(tmp_path, front, "two")
     rows = vcpus("two")
     assert [taskset(row.tid) for row in rows] == ["2", "4"]
