@@ -262,11 +262,19 @@ async def until(there: Callable[[], bool], seconds: float = 5.0) -> None:
         await asyncio.sleep(0.02)
 
 
-async def brought(fleet: Ring, requests: Sequence[Request], **more: Any) -> Dispatcher:
+@asynccontextmanager
+async def dispatching(fleet: Ring, **more: Any) -> AsyncIterator[Dispatcher]:
     dispatcher = fleet.dispatcher(**more)
     await dispatcher.hosts()
-    await dispatcher.run(requests)
-    await dispatcher.close(0)
+    try:
+        yield dispatcher
+    finally:
+        await dispatcher.close(0)
+
+
+async def brought(fleet: Ring, requests: Sequence[Request], **more: Any) -> Dispatcher:
+    async with dispatching(fleet, **more) as dispatcher:
+        await dispatcher.run(requests)
     return dispatcher
 
 
@@ -311,9 +319,7 @@ def test_an_answer_that_is_lost_starts_nothing_twice(lost: str) -> None:
 def test_one_that_two_hosts_hold_is_started_on_one_of_them() -> None:
     async def work() -> None:
         a, b = Host("a"), Host("b")
-        async with ring(a, b) as fleet:
-            dispatcher = fleet.dispatcher()
-            await dispatcher.hosts()
+        async with ring(a, b) as fleet, dispatching(fleet) as dispatcher:
             for host in (a, b):
                 host.begin({"id": f"{RUN}.0.1", "argv": ["run", "--", "sleep", "0.3"]})
             doing = asyncio.ensure_future(dispatcher.run([request(0, "sleep", "0.3")]))
@@ -324,7 +330,6 @@ def test_one_that_two_hosts_hold_is_started_on_one_of_them() -> None:
             await doing
             assert fleet.started == [f"{RUN}.0.1"]
             await until(lambda: sorted(fleet.states()) == ["ended", "given-up"])
-            await dispatcher.close(0)
 
     within(20, work())
 
@@ -332,9 +337,7 @@ def test_one_that_two_hosts_hold_is_started_on_one_of_them() -> None:
 def test_what_dask_does_once_more_when_a_host_is_gone_is_given_back_there() -> None:
     async def work() -> None:
         a, b = Host("a"), Host("b")
-        async with ring(a, b) as fleet:
-            dispatcher = fleet.dispatcher()
-            await dispatcher.hosts()
+        async with ring(a, b) as fleet, dispatching(fleet) as dispatcher:
             await dispatcher.run([request(0)])
             (task,) = fleet.scheduler.tasks.values()
             (first,) = [number for number, host in enumerate((a, b)) if host.states]
@@ -344,14 +347,13 @@ def test_what_dask_does_once_more_when_a_host_is_gone_is_given_back_there() -> N
             assert fleet.started == [f"{RUN}.0.1"]
             assert fleet.outcomes[0].state == "ended"
             assert task.state in ("memory", "processing")
-            await dispatcher.close(0)
 
     within(30, work())
 
 
 def test_tasks_that_are_over_are_let_go_of_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_OVER", 6)
-    monkeypatch.setattr(dispatch, "_OVER_S", 1.0)
+    monkeypatch.setattr(dispatch, "_DONE", 6)
+    monkeypatch.setattr(dispatch, "_DONE_S", 1.0)
 
     async def work() -> None:
         async with ring(Host("a", 4)) as fleet:
@@ -395,9 +397,7 @@ def test_a_short_guest_does_not_wait_for_the_news_of_a_quiet_one(monkeypatch: py
     monkeypatch.setattr(agent, "_MAX_WAIT_S", 1000.0)
 
     async def work() -> None:
-        async with ring(Host("a", 2)) as fleet:
-            dispatcher = fleet.dispatcher(wait_s=30.0)
-            await dispatcher.hosts()
+        async with ring(Host("a", 2)) as fleet, dispatching(fleet, wait_s=30.0) as dispatcher:
             doing = asyncio.ensure_future(dispatcher.run([request(0, "sleep", "1000")]))
             await until(lambda: len(fleet.started) == 1)
             await asyncio.sleep(0.3)
@@ -405,7 +405,6 @@ def test_a_short_guest_does_not_wait_for_the_news_of_a_quiet_one(monkeypatch: py
             assert not doing.done()
             await dispatcher.stop(0)
             await doing
-            await dispatcher.close(0)
 
     within(60, work())
 
@@ -688,9 +687,7 @@ def test_a_host_that_is_gone_is_waited_for_and_then_lost(monkeypatch: pytest.Mon
 
     async def work() -> None:
         a, b = Host("a"), Host("b")
-        async with ring(a, b) as fleet:
-            dispatcher = fleet.dispatcher(patience_s=1.0)
-            await dispatcher.hosts()
+        async with ring(a, b) as fleet, dispatching(fleet, patience_s=1.0) as dispatcher:
             doing = asyncio.ensure_future(dispatcher.run([request(0, "sleep", "1"), request(1, "sleep", "1")]))
             await until(lambda: len(fleet.started) == 2)
             await fleet.workers[0].close(timeout=1)
@@ -698,7 +695,6 @@ def test_a_host_that_is_gone_is_waited_for_and_then_lost(monkeypatch: pytest.Mon
             states = {one.host: one.state for one in fleet.outcomes.values()}
             assert states == {"a": "lost", "b": "ended"}
             assert any("host a does not answer" in note for note in fleet.notes)
-            await dispatcher.close(0)
 
     within(20, work())
 
@@ -741,7 +737,5 @@ def test_a_host_that_was_not_asked_has_no_say() -> None:
 
 
 async def _alone(fleet: Ring, on: str) -> None:
-    dispatcher = fleet.dispatcher()
-    await dispatcher.hosts()
-    await dispatcher.begin(request(0), on)
-    await dispatcher.close()
+    async with dispatching(fleet) as dispatcher:
+        await dispatcher.begin(request(0), on)

@@ -48,7 +48,7 @@ _MOST = 10**8  # attempts
 _ANEW_S = 2.0  # between two times that hosts are asked to look at what is free
 _ASKED = 256  # of them, then
 # Tasks that are over are let go of together, at so many and after so long: alone each costs a message to its host.
-_OVER, _OVER_S = 4096, 10.0
+_DONE, _DONE_S = 4096, 10.0
 _BATCH = 100  # requests that are brought to Dask in one message
 _SHORTLIST = 8  # hosts at most that Dask is to choose among; fewer where much is on its way
 _STARTED = 32  # requests that are started in one message, which every one of their hosts reads
@@ -180,7 +180,7 @@ class Dispatcher:
         self._flushing: asyncio.Task[None] | None = None
         self._starting: asyncio.Task[None] | None = None
         self._checking: asyncio.Task[None] | None = None
-        self._over: dict[str, tuple[str, float, Placing]] = {}  # by the errand's name: who has it since when
+        self._done: dict[str, tuple[str, float, Placing]] = {}  # by the errand's name: who has it, since when
         self._letting_go: asyncio.TimerHandle | None = None
         self._followed: dict[str, dict[str, _Job]] = defaultdict(dict)
         self._known: set[str] = set()
@@ -517,7 +517,7 @@ class Dispatcher:
                 self._answer(job, document)
         elif document.get("state") == "held" and isinstance(address, str):
             # Dask does once more what a host has done that it has lost, as long as it has not been let go of.
-            again = errand in self._over and self._over[errand][0] != self._name_of(document)
+            again = errand in self._done and self._done[errand][0] != self._name_of(document)
             if again or errand in self._dropped_ids:
                 self._keep(self._link.call(agent.give_up, {"ids": [errand]}, [address]))
 
@@ -546,23 +546,23 @@ class Dispatcher:
         if isinstance(answer, str):
             self._drop(job)
         elif placing is not None:
-            self._over[job.id] = self._name_of(answer) or "", time.monotonic(), placing
-            if len(self._over) >= _OVER:
+            self._done[job.id] = self._name_of(answer) or "", time.monotonic(), placing
+            if len(self._done) >= _DONE:
                 self._let_go()
             self._let_go_later()
         return answer
 
     def _let_go_later(self) -> None:
-        if self._letting_go is None and self._over:
-            self._letting_go = asyncio.get_running_loop().call_later(_OVER_S, self._let_go)
+        if self._letting_go is None and self._done:
+            self._letting_go = asyncio.get_running_loop().call_later(_DONE_S, self._let_go)
 
     def _let_go(self) -> None:
         # Of one that has just said something, and is about to be over, later: Dask would stop it.
         if self._letting_go is not None:
             self._letting_go.cancel()
             self._letting_go = None
-        since = time.monotonic() - _OVER_S / 2
-        self._over = {name: one for name, one in self._over.items() if not one[2].over and one[1] > since}
+        since = time.monotonic() - _DONE_S / 2
+        self._done = {name: one for name, one in self._done.items() if not one[2].over and one[1] > since}
         self._let_go_later()
 
     async def _flush(self) -> None:
@@ -1008,7 +1008,7 @@ class Dispatcher:
         self._closing = True
         if self._letting_go is not None:
             self._letting_go.cancel()
-        self._over.clear()
+        self._done.clear()
         if self._learning and wait_s:
             await asyncio.wait(self._learning, timeout=wait_s)
         for task in list(self._kept):

@@ -38,7 +38,7 @@ class Vacancy:
     def __init__(self) -> None:
         self._told: dict[str, dict[str, float]] = {}
         self._said: dict[str, _Said] = {}
-        self._given: dict[str, list[_Said]] = {}  # what has ended since that turn, or in it
+        self._given: dict[str, list[_Said]] = defaultdict(list)  # what has ended since that turn, or in it
         self._reserved: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._able: dict[tuple[tuple[str, float], ...], list[str]] = {}  # by needs: who has told of as much
         self._cursor = 0
@@ -49,15 +49,14 @@ class Vacancy:
         self._told = {name: dict(free) for name, free in resources.items()}
         self._able = {}
         self._said = {name: said for name, said in self._said.items() if said.at > since}
-        self._given = {name: left for name, given in self._given.items()
-                       if (left := [one for one in given if one.at > since])}  # fmt: skip
+        for name, given in self._given.items():
+            self._given[name] = [one for one in given if one.at > since]
 
     def say(self, name: str, free: Mapping[str, float], turn: int) -> None:
         """Take in what a host says of itself."""
-        given = [one for one in self._given.get(name, ()) if one.turn >= turn]
-        if self._take_in(name, free, turn) and name in self._given:
-            self._given[name] = given
-            for one in given:
+        if self._take_in(name, free, turn):
+            self._given[name] = [one for one in self._given[name] if one.turn >= turn]
+            for one in self._given[name]:
                 self._add(name, one.free)
 
     def take(self, name: str, needs: Mapping[str, float], turn: int) -> None:
@@ -69,7 +68,7 @@ class Vacancy:
         """It holds nothing there any more."""
         said = self._said.get(name)
         if said is None or turn >= said.turn:
-            self._given.setdefault(name, []).append(_Said(time.monotonic(), turn, dict(needs)))
+            self._given[name].append(_Said(time.monotonic(), turn, dict(needs)))
             self._add(name, needs)
 
     def of(self, name: str) -> dict[str, float]:

@@ -329,7 +329,7 @@ class _Sweep:
         self.marked = _SWEPT in remembered
         self.first = not self.marked
         self.wide = frozenset(remembered[_WIDE].ours) if _WIDE in remembered else frozenset[str]()
-        self.online = CpuSet()
+        self.possible = self.online = CpuSet()
         self.away = CpuSet()  # CPUs that are offline, or were a moment ago
         self.masks: dict[bytes, CpuSet] = {}
         # A host has few masks and many tasks: what follows from one is made once.
@@ -381,18 +381,19 @@ class _Sweep:
         return Swept(self.moved, passes, **said)
 
     def _read_tasks(self) -> None:
+        self.possible = self._cpus("possible")
         self._see_online()
-        before = self.online
         self.tasks = _read_all(self.masks, self._plain())
-        self._see_online()
-        if self.online != before:
+        if self._see_online():
             self.tasks = _read_all(self.masks, {})
 
-    def _see_online(self) -> None:
-        self.online = self._cpus("online")
+    def _see_online(self) -> bool:
+        # Whether a CPU came or went since.
+        before, self.online = self.online, self._cpus("online")
         now = time.monotonic()
-        _OFFLINE.update(dict.fromkeys(self._cpus("possible") - self.online, now))
+        _OFFLINE.update(dict.fromkeys(self.possible - self.online, now))
         self.away = CpuSet.of(cpu for cpu, at in _OFFLINE.items() if now - at < _BACK_S)
+        return self.online != before
 
     def _plain(self) -> dict[frozenset[int], CpuSet]:
         # sched_getaffinity(2) costs a twentieth of the file with the mask, but hides CPUs that are offline. Who may run
@@ -400,9 +401,8 @@ class _Sweep:
         # while all are online. The file is asked for any other, and where a scope goes by the user, whom only it names.
         if any(parse(scope).kind == "user" for scope in self.scopes):
             return {}
-        possible = self._cpus("possible")
-        found = {frozenset(possible): possible}
-        if self.online == possible:
+        found = {frozenset(self.possible): self.possible}
+        if self.online == self.possible:
             for one in self.wide.union(*({known.baseline, *known.ours} for known in self._kinds())):
                 found[frozenset(self._parsed(one))] = self._parsed(one)
         return found
@@ -423,9 +423,7 @@ class _Sweep:
 
     def _look(self) -> list[Task]:
         # Those that are new, or not as they should be.
-        before = self.online
-        self._see_online()
-        if self.online != before:
+        if self._see_online():
             for one in (self.wants, self.rights, self.right):
                 one.clear()
         there: set[int] = set()
@@ -543,7 +541,7 @@ class _Sweep:
         # it comes back, into those of others, one CPU after the other (kcompactd).
         return task.kthread and any(
             task.mask <= one and one - task.mask <= self.away
-            for one in map(CpuSet.parse, (*known.ours, known.baseline))
+            for one in map(self._parsed, (*known.ours, known.baseline))
         )
 
     def _released_to(self, task: Task) -> CpuSet:
